@@ -1,0 +1,43 @@
+"""The operators by definition: O(T^2), any device and dtype, differentiable. Every test compares with these.
+
+| symbol | meaning | shape |
+|---|---|---|
+| B, T, C | batch, tokens, channels | |
+| H, N | heads, channels of a head (C = H N) | |
+| k, v | keys and values of Bi-WKV | (B, T, C) |
+| w, u | its decay and its bonus for the token itself | (C,) |
+| r, k, v, w | receptance, keys, values, log decay of WKV6 | (B, T, H, N) |
+| u | WKV6's bonus for the token itself | (H, N) |
+"""
+
+import torch
+from torch import Tensor
+
+
+def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bi-WKV, arXiv 2403.02308 equation 5: w, u (C,), k, v (B, T, C) -> y (B, T, C).
+
+    y_t is the mean of v weighted by exp(-(|t-i|-1) w + k_i) for i != t and by exp(u + k_t) for t itself.
+    """
+    index = torch.arange(k.shape[1], device=k.device)
+    distance = (index[:, None] - index).abs()[..., None]  # (T, T, 1)
+    exponent = torch.where(distance == 0, u, -(distance - 1) * w)  # (T, T, C)
+    weight = torch.softmax(exponent + k[:, None], dim=2)  # (B, T, T, C)
+    return (weight * v[:, None]).sum(2)
+
+
+def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    """WKV6 in both directions: r, k, v, w (B, T, H, N), u (H, N) -> y (B, T, H, N).
+
+    y_t = sum_i (sum_n r_t[n] k_i[n] d_ti[n]) v_i, where d_ti is exp of the sum of w over the tokens strictly
+    between t and i for i != t, and u for i = t.
+    """
+    total = w.cumsum(1)
+    before = total - w  # sum of w over the tokens before this one
+    index = torch.arange(w.shape[1], device=w.device)
+    past = (index[:, None] > index)[None, :, :, None, None]
+    own = (index[:, None] == index)[None, :, :, None, None]
+    between = torch.where(past, before[:, :, None] - total[:, None], before[:, None] - total[:, :, None])
+    decay = torch.where(own, u, between.masked_fill(own, 0).exp())  # (B, T, T, H, N)
+    score = torch.einsum('bthn,bihn,btihn->btih', r, k, decay)
+    return torch.einsum('btih,bihm->bthm', score, v)
