@@ -1,4 +1,4 @@
-"""Builds the native operators of kernels/ into vision_rwkv/_native*.so: no Python ABI, loaded by torch.ops.load_library.
+"""Builds the native operators of kernels/ into vision_rwkv/_native*.so: no Python ABI, loaded through torch.ops.
 
 CPU code needs a C++ compiler, CUDA code nvcc and a CUDA build of PyTorch; what is missing is left out with a warning
 and the PyTorch implementation serves. TORCH_CUDA_ARCH_LIST is honoured. VISION_RWKV_CUDA=0 leaves the CUDA code out,
