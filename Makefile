@@ -1,0 +1,70 @@
+# Two commands do all the set-up: `make demo` and `make test`. Each makes its virtual environment if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= vrwkv
+KERNELS := $(wildcard kernels/*.h kernels/*/*) setup.py pyproject.toml
+# Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+install test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install-classification demo: export VISION_RWKV_CUDA ?= 0
+endif
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: install install-classification demo test test-slow lint bench wheel clean
+
+## What each task needs -------------------------------------------------------------------------------------------
+
+$(VENV)/.torch: requirements/torch.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -q -r requirements/torch.txt
+	touch $@
+
+# A build with CUDA code serves as well where one without would do.
+$(VENV)/.native-demo: $(VENV)/.torch $(KERNELS)
+	$(PIP) -q --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.native: $(VENV)/.torch $(KERNELS)
+	$(PIP) -q --no-build-isolation --no-deps -e .
+	touch $@ $(VENV)/.native-demo
+
+$(VENV)/.classification: $(VENV)/.torch requirements/classification.txt tools/install_mmcv.sh
+	$(PIP) -q -r requirements/classification.txt
+	tools/install_mmcv.sh $(BIN)/python without-ops
+	touch $@
+
+$(VENV)/.all: $(VENV)/.torch requirements/all.txt requirements/classification.txt tools/install_mmcv.sh
+	$(PIP) -q -r requirements/all.txt
+	tools/install_mmcv.sh $(BIN)/python with-ops
+	touch $@ $(VENV)/.classification
+
+install: $(VENV)/.all $(VENV)/.native  ## everything: all tasks, the tests, native operators
+
+install-classification: $(VENV)/.classification $(VENV)/.native-demo  ## classification alone: nothing to compile but our CPU code
+
+## What people run ------------------------------------------------------------------------------------------------
+
+demo: install-classification  ## train and test a small classifier on handwritten digits; MODEL=vrwkv6 for the other one
+	tools/demo.sh $(BIN)/python $(MODEL)
+
+test: install  ## the test suite
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*.cuh)
+
+bench: install
+	$(BIN)/python tools/benchmark_ops.py
+
+wheel: $(VENV)/.torch  ## a wheel with native code for every supported GPU, where nvcc is found
+	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0;12.0+PTX}" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist *.egg-info vision_rwkv/_native*.so
