@@ -1,0 +1,6 @@
+"""The backbones as plain PyTorch modules, with the tensor names of the released checkpoints."""
+
+from vision_rwkv.backbones.vrwkv import VRWKV
+from vision_rwkv.backbones.vrwkv6 import VRWKV6
+
+__all__ = ['VRWKV', 'VRWKV6']
