@@ -1,0 +1,22 @@
+"""Image classification: Vision-RWKV in MMPretrain. Importing this registers what the configs name."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _check_transformers() -> None:
+    """MMPretrain imports transformers wherever it is installed, and fails on version 5 with an unrelated message."""
+    try:
+        installed = version('transformers')
+    except PackageNotFoundError:
+        return
+    if int(installed.split('.')[0]) >= 5:
+        raise ImportError(
+            f'MMPretrain works with transformers < 5, but {installed} is installed: pip install "transformers<5"'
+        )
+
+
+_check_transformers()
+
+from .models import VRWKV, VRWKV6, HiddenLayerClsHead  # noqa: E402
+
+__all__ = ['VRWKV', 'VRWKV6', 'HiddenLayerClsHead']
