@@ -1,0 +1,1 @@
+"""Scripts. A package, so that they find each other from any folder."""

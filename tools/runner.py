@@ -1,0 +1,142 @@
+"""MMEngine's runner, safe to kill and resume, and usable without a GPU."""
+
+import os
+import pickle
+import random
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine import runner as mm
+from mmengine.device import get_device
+from mmengine.fileio import register_backend
+from mmengine.fileio.backends import LocalBackend
+from mmengine.hooks import Hook
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+
+from tools.cli import UserError
+
+
+class WholeFileBackend(LocalBackend):
+    """Writes a file (each checkpoint goes through here) whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'.{path.name}.partial')
+        with open(partial, 'wb') as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+class SeedEpochs(Hook):
+    """Draws all randomness of an epoch from (seed, process, iterations done), so that a resumed run repeats it.
+
+    Data-loading workers are seeded by PyTorch from the same state when they start: with persistent_workers, which
+    start once, augmentation after a resume differs.
+    """
+
+    def before_train_epoch(self, runner) -> None:
+        state = np.random.SeedSequence([runner.seed, runner.rank, runner.iter]).generate_state(1)
+        seed = int(state[0])
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+class ValidateResumed(Hook):
+    """Validates a resumed model if its epoch was to be: the run may have ended between checkpoint and validation.
+
+    If it did not, the same metric comes out again and changes nothing.
+    """
+
+    priority = 'LOWEST'  # after CheckpointHook has read the best score so far
+
+    def before_train(self, runner) -> None:
+        epoch, loop = runner.epoch, runner.train_loop
+        due = epoch >= loop.val_begin and (epoch % loop.val_interval == 0 or epoch == loop.max_epochs)
+        if runner.resumed and runner.val_loop is not None and epoch > 0 and due:
+            runner.val_loop.run()
+
+
+class Runner(mm.Runner):
+    """MMEngine's Runner with gloo processes on a CPU, repeatable epochs and checkpoints that must fit."""
+
+    def __init__(self, *args, **kwargs):
+        register_backend('local', WholeFileBackend, force=True, prefixes='')
+        super().__init__(*args, **kwargs)
+        self.register_hook(SeedEpochs())
+        if isinstance(self._train_loop, dict) and self._train_loop.get('by_epoch'):
+            self.register_hook(ValidateResumed())
+
+    @property
+    def resumed(self) -> bool:
+        """Whether this run continues another."""
+        return self._resume and self._has_loaded
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As MMEngine's, but processes without a GPU talk through gloo (MMEngine would look for a GPU first)."""
+        if self._launcher == 'slurm':
+            os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
+        if self.distributed and get_device() == 'cpu' and not torch.distributed.is_initialized():
+            if self._launcher == 'slurm':
+                for name, slurm in (('RANK', 'PROCID'), ('LOCAL_RANK', 'LOCALID'), ('WORLD_SIZE', 'NTASKS')):
+                    os.environ[name] = os.environ[f'SLURM_{slurm}']
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
+        """As MMEngine's, but on a CPU without device numbers and synchronised batch norm, which need a GPU."""
+        if not self.distributed or get_device() != 'cpu':
+            return super().wrap_model(model_wrapper_cfg, model)
+        return MMDistributedDataParallel(
+            revert_sync_batchnorm(model),
+            broadcast_buffers=False,
+            find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+        )
+
+    @staticmethod
+    def build_dataloader(dataloader, seed=None, diff_rank_seed=False):
+        """As MMEngine's, but workers keep the seed PyTorch gives them: MMEngine's is the same every epoch."""
+        if isinstance(dataloader, dict):
+            dataloader = deepcopy(dataloader)
+            dataloader.setdefault('worker_init_fn', {'type': _keep_seed})
+        try:
+            return mm.Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(f'data: {error}') from error
+
+    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs) -> dict:
+        """As MMEngine's, but to test or resume, every tensor must have its place."""
+        strict = strict or self._resume or self._train_loop is None
+        try:
+            return super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f'checkpoint {filename}: {error}') from error
+
+    def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
+        """As MMEngine's; best.pth points to the best one."""
+        super().save_checkpoint(out_dir, filename, *args, **kwargs)
+        if filename.startswith('best_') and self.rank == 0:
+            link = Path(out_dir, '.best.pth.partial')
+            link.unlink(missing_ok=True)
+            link.symlink_to(filename)
+            os.replace(link, Path(out_dir, 'best.pth'))
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The newest checkpoint in ``work_dir``: the one MMEngine noted, else (the note may be cut) the newest file."""
+    note = Path(work_dir, 'last_checkpoint')
+    if note.is_file():
+        noted = Path(work_dir, Path(note.read_text().strip()).name)  # by name: the folder may have moved
+        if noted.is_file():
+            return str(noted)
+    found = [*Path(work_dir).glob('epoch_*.pth'), *Path(work_dir).glob('iter_*.pth')]
+    return str(max(found, key=lambda path: path.stat().st_mtime_ns)) if found else None
+
+
+def _keep_seed(worker_id: int) -> None:
+    pass

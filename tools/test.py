@@ -1,0 +1,70 @@
+"""Test a checkpoint with the data and metrics of a config, for any task."""
+
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in place of this folder
+
+import torch  # noqa: E402
+
+from tools.cli import Parser, UserError, check_data, check_file, load_config, run  # noqa: E402
+from tools.runner import Runner  # noqa: E402
+
+_METRICS = "nothing: the config's test_evaluator says what is computed (--cfg-options test_evaluator.KEY=VALUE)"
+_SHOW = "--cfg-options default_hooks.visualization.KEY=VALUE, the config's visualization hook"
+_GPUS = 'tools/dist_test.sh CONFIG CHECKPOINT GPUS (CUDA_VISIBLE_DEVICES chooses which)'
+OBSOLETE = {
+    '--metrics': _METRICS,
+    '--metric-options': _METRICS,
+    '--eval': _METRICS,
+    '--eval-options': _METRICS,
+    '--format-only': '--cfg-options test_evaluator.format_only=True',
+    '--show': _SHOW,
+    '--show-dir': _SHOW,
+    '--show-options': _SHOW,
+    '--show-score-thr': _SHOW,
+    '--opacity': _SHOW,
+    '--out-items': '--out FILE.pkl, which holds everything',
+    '--gpu-collect': '--cfg-options test_evaluator.collect_device=gpu',
+    '--tmpdir': '--cfg-options test_evaluator.collect_dir=FOLDER',
+    '--gpu-ids': _GPUS,
+    '--gpu-id': _GPUS,
+    '--device': 'CUDA_VISIBLE_DEVICES (empty for the CPU)',
+    '--options': '--cfg-options KEY=VALUE',
+    '--aug-test': 'a config with test-time augmentation',
+    '--fuse-conv-bn': 'nothing: these models have no convolution with batch norm to fuse in the backbone',
+}
+
+
+def parse_args():
+    """The command line."""
+    parser = Parser(__doc__, OBSOLETE)
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', metavar='FILE.pkl', help='write every prediction to this file')
+    return parser.parse_args()
+
+
+def main():
+    """Test."""
+    args = parse_args()
+    if args.out and not args.out.endswith('.pkl'):
+        raise UserError(f'--out expects a name that ends in .pkl, got {args.out}')
+    cfg = load_config(args)
+    if not cfg.get('test_dataloader'):
+        raise UserError(f'{args.config} has no test_dataloader: nothing to test on')
+    check_file(args.checkpoint, 'checkpoint')
+    check_data(cfg.test_dataloader)
+    cfg.merge_from_dict({'load_from': args.checkpoint, 'resume': False})
+    for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler'):
+        cfg[key] = None
+    if args.out:
+        metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
+        cfg.test_evaluator = [*metrics, {'type': 'DumpResults', 'out_file_path': args.out}]
+    Runner.from_cfg(cfg).test()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,91 @@
+"""Train the model of a config, for any task."""
+
+import importlib.util
+import signal
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in place of this folder
+
+import torch  # noqa: E402
+from mmengine.config import Config  # noqa: E402
+
+from tools.cli import Parser, UserError, check_amp, check_data, check_file, load_config, run  # noqa: E402
+from tools.runner import Runner, latest_checkpoint  # noqa: E402
+
+_GPUS = 'tools/dist_train.sh CONFIG GPUS (CUDA_VISIBLE_DEVICES chooses which)'
+OBSOLETE = {
+    '--resume-from': '--resume CHECKPOINT',
+    '--auto-resume': '--resume',
+    '--load-from': '--cfg-options load_from=CHECKPOINT',
+    '--no-validate': '--cfg-options val_cfg=None val_dataloader=None val_evaluator=None',
+    '--gpus': _GPUS,
+    '--gpu-ids': _GPUS,
+    '--gpu-id': _GPUS,
+    '--device': 'CUDA_VISIBLE_DEVICES (empty for the CPU)',
+    '--deterministic': '--cfg-options randomness.deterministic=True',
+    '--diff-seed': '--cfg-options randomness.diff_rank_seed=True',
+    '--options': '--cfg-options KEY=VALUE',
+    '--autoscale-lr': '--auto-scale-lr',
+}
+
+
+def parse_args():
+    """The command line."""
+    parser = Parser(__doc__, OBSOLETE)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='continue from this checkpoint, or from the latest in the work dir (a fresh start if there is none)',
+    )
+    parser.add_argument('--amp', action='store_true', help='mixed precision: float16 with dynamic loss scale')
+    parser.add_argument('--auto-scale-lr', action='store_true', help="scale the lr by this run's batch size")
+    parser.add_argument('--tensorboard', action='store_true', help='write TensorBoard logs too')
+    parser.add_argument('--seed', type=int, help="instead of the config's randomness.seed")
+    return parser.parse_args()
+
+
+def apply_args(cfg: Config, args) -> None:
+    """Set in ``cfg`` what the options of ``args`` ask for. Raises UserError where that cannot be."""
+    if args.seed is not None:
+        cfg.merge_from_dict({'randomness.seed': args.seed})
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+            raise UserError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
+        cfg.auto_scale_lr.enable = True
+    if args.tensorboard:
+        if not importlib.util.find_spec('tensorboard'):
+            raise UserError('--tensorboard needs TensorBoard: pip install tensorboard')
+        cfg.visualizer.setdefault('vis_backends', []).append({'type': 'TensorboardVisBackend'})
+    if args.resume:
+        checkpoint = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
+        if checkpoint:
+            cfg.merge_from_dict({'resume': True, 'load_from': checkpoint})
+
+
+def main():
+    """Train."""
+    args = parse_args()
+    cfg = load_config(args)
+    if not cfg.get('train_dataloader'):
+        raise UserError(f'{args.config} has no train_dataloader: nothing to train')
+    apply_args(cfg, args)
+    if cfg.get('load_from'):
+        check_file(cfg.load_from, 'checkpoint')
+    check_data(cfg.train_dataloader, cfg.get('val_dataloader'))
+    check_amp(cfg)
+    if args.launcher == 'pytorch':  # do not outlive a killed launcher, and write beside the run that follows
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    Runner.from_cfg(cfg).train()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run(main)
