@@ -17,7 +17,7 @@ if "$python" -c 'import mmcv' 2>/dev/null && { [ "$kind" = without-ops ] || has_
 fi
 case $kind in
 without-ops)
-    MMCV_WITH_OPS=0 "$python" -m pip install -q --no-cache-dir --no-build-isolation "$package"
+    "$python" -m pip install -q --no-cache-dir "$package" # an isolated build sees no PyTorch and leaves them out
     ;;
 with-ops)
     tag=$("$python" -c 'import sys, torch; print(f"torch{torch.__version__}-py{sys.version_info[0]}{sys.version_info[1]}-" + ("cuda" if torch.cuda.is_available() else "cpu"))' 2>/dev/null)
