@@ -17,7 +17,8 @@ class UserError(Exception):
 class Parser(argparse.ArgumentParser):
     """Options shared by both scripts.
 
-    obsolete: flags of the scripts published for OpenMMLab 0.x/2.x, and what to use instead.
+    obsolete: flags of the scripts published for MMClassification 0.x, MMDetection 2.x and MMSegmentation 0.x, and what
+    to do instead.
     """
 
     def __init__(self, description: str, obsolete: dict[str, str]):
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 class _Obsolete(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        parser.error(f'{option_string} no longer exists; instead: {self.const}')
+        parser.error(f'{option_string} no longer exists; {self.const}')
 
 
 def run(main) -> None:
@@ -70,8 +71,10 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UserError(f'config not found: {args.config} (from {os.getcwd()})')
     try:
         cfg = Config.fromfile(args.config)
-    except ImportError as error:  # MMEngine names the module of custom_imports alone; the reason is behind it
-        reason = f'{error}: {error.__context__}' if error.__context__ else str(error)
+    except ImportError as error:
+        reason: BaseException = error
+        while reason.__context__:  # MMEngine only says that custom_imports failed; why is behind it
+            reason = reason.__context__
         raise UserError(f'{args.config}: {reason}') from error
     except FileNotFoundError as error:
         raise UserError(f'{args.config}: {error}') from error

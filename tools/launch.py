@@ -8,9 +8,14 @@ import logging
 import os
 import sys
 
-import torch
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    import torch
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+except ImportError as missing:
+    sys.exit(
+        f'error: {sys.executable}: {missing}; activate the virtual environment (. .venv/bin/activate) or set PYTHON'
+    )
 
 
 def main() -> None:

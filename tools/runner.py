@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import subprocess
 from copy import deepcopy
 from pathlib import Path
 
@@ -83,8 +84,7 @@ class Runner(mm.Runner):
             os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
         if self.distributed and get_device() == 'cpu' and not torch.distributed.is_initialized():
             if self._launcher == 'slurm':
-                for name, slurm in (('RANK', 'PROCID'), ('LOCAL_RANK', 'LOCALID'), ('WORLD_SIZE', 'NTASKS')):
-                    os.environ[name] = os.environ[f'SLURM_{slurm}']
+                _read_slurm()
             torch.distributed.init_process_group('gloo')
         super().setup_env(env_cfg)
 
@@ -136,6 +136,14 @@ def latest_checkpoint(work_dir: str) -> str | None:
             return str(noted)
     found = [*Path(work_dir).glob('epoch_*.pth'), *Path(work_dir).glob('iter_*.pth')]
     return str(max(found, key=lambda path: path.stat().st_mtime_ns)) if found else None
+
+
+def _read_slurm() -> None:
+    for name, slurm in (('RANK', 'PROCID'), ('LOCAL_RANK', 'LOCALID'), ('WORLD_SIZE', 'NTASKS')):
+        os.environ[name] = os.environ[f'SLURM_{slurm}']
+    if 'MASTER_ADDR' not in os.environ:
+        hosts = ['scontrol', 'show', 'hostnames', os.environ['SLURM_NODELIST']]
+        os.environ['MASTER_ADDR'] = subprocess.check_output(hosts, text=True).split()[0]
 
 
 def _keep_seed(worker_id: int) -> None:

@@ -11,29 +11,29 @@ import torch  # noqa: E402
 from tools.cli import Parser, UserError, check_data, check_file, load_config, run  # noqa: E402
 from tools.runner import Runner  # noqa: E402
 
-_METRICS = "nothing: the config's test_evaluator says what is computed (--cfg-options test_evaluator.KEY=VALUE)"
-_SHOW = "--cfg-options default_hooks.visualization.KEY=VALUE, the config's visualization hook"
-_GPUS = 'tools/dist_test.sh CONFIG CHECKPOINT GPUS (CUDA_VISIBLE_DEVICES chooses which)'
+_METRICS = "the config's test_evaluator says what is computed (--cfg-options test_evaluator.KEY=VALUE)"
+_SHOW = "set the config's visualization hook: --cfg-options default_hooks.visualization.KEY=VALUE"
+_GPUS = 'use tools/dist_test.sh CONFIG CHECKPOINT GPUS (CUDA_VISIBLE_DEVICES chooses which)'
 OBSOLETE = {
     '--metrics': _METRICS,
     '--metric-options': _METRICS,
     '--eval': _METRICS,
     '--eval-options': _METRICS,
-    '--format-only': '--cfg-options test_evaluator.format_only=True',
+    '--format-only': 'use --cfg-options test_evaluator.format_only=True',
     '--show': _SHOW,
     '--show-dir': _SHOW,
     '--show-options': _SHOW,
     '--show-score-thr': _SHOW,
     '--opacity': _SHOW,
-    '--out-items': '--out FILE.pkl, which holds everything',
-    '--gpu-collect': '--cfg-options test_evaluator.collect_device=gpu',
-    '--tmpdir': '--cfg-options test_evaluator.collect_dir=FOLDER',
+    '--out-items': 'use --out FILE.pkl, which holds everything',
+    '--gpu-collect': 'use --cfg-options test_evaluator.collect_device=gpu',
+    '--tmpdir': 'use --cfg-options test_evaluator.collect_dir=FOLDER',
     '--gpu-ids': _GPUS,
     '--gpu-id': _GPUS,
-    '--device': 'CUDA_VISIBLE_DEVICES (empty for the CPU)',
-    '--options': '--cfg-options KEY=VALUE',
-    '--aug-test': 'a config with test-time augmentation',
-    '--fuse-conv-bn': 'nothing: these models have no convolution with batch norm to fuse in the backbone',
+    '--device': 'use CUDA_VISIBLE_DEVICES (empty for the CPU)',
+    '--options': 'use --cfg-options KEY=VALUE',
+    '--aug-test': 'use a config with test-time augmentation',
+    '--fuse-conv-bn': 'there is no batch norm in the backbone to fuse',
 }
 
 

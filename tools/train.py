@@ -14,20 +14,20 @@ from mmengine.config import Config  # noqa: E402
 from tools.cli import Parser, UserError, check_amp, check_data, check_file, load_config, run  # noqa: E402
 from tools.runner import Runner, latest_checkpoint  # noqa: E402
 
-_GPUS = 'tools/dist_train.sh CONFIG GPUS (CUDA_VISIBLE_DEVICES chooses which)'
+_GPUS = 'use tools/dist_train.sh CONFIG GPUS (CUDA_VISIBLE_DEVICES chooses which)'
 OBSOLETE = {
-    '--resume-from': '--resume CHECKPOINT',
-    '--auto-resume': '--resume',
-    '--load-from': '--cfg-options load_from=CHECKPOINT',
-    '--no-validate': '--cfg-options val_cfg=None val_dataloader=None val_evaluator=None',
+    '--resume-from': 'use --resume CHECKPOINT',
+    '--auto-resume': 'use --resume',
+    '--load-from': 'use --cfg-options load_from=CHECKPOINT',
+    '--no-validate': 'use --cfg-options val_cfg=None val_dataloader=None val_evaluator=None',
     '--gpus': _GPUS,
     '--gpu-ids': _GPUS,
     '--gpu-id': _GPUS,
-    '--device': 'CUDA_VISIBLE_DEVICES (empty for the CPU)',
-    '--deterministic': '--cfg-options randomness.deterministic=True',
-    '--diff-seed': '--cfg-options randomness.diff_rank_seed=True',
-    '--options': '--cfg-options KEY=VALUE',
-    '--autoscale-lr': '--auto-scale-lr',
+    '--device': 'use CUDA_VISIBLE_DEVICES (empty for the CPU)',
+    '--deterministic': 'use --cfg-options randomness.deterministic=True',
+    '--diff-seed': 'use --cfg-options randomness.diff_rank_seed=True',
+    '--options': 'use --cfg-options KEY=VALUE',
+    '--autoscale-lr': 'use --auto-scale-lr',
 }
 
 
@@ -56,7 +56,7 @@ def apply_args(cfg: Config, args) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
             raise UserError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
     if args.tensorboard:
