@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_rwkv.backbones._checks import check_choice, check_image, check_int, check_range, to_layers, to_pair
-from vision_rwkv.backbones.blocks import Block, ChannelMix, PatchEmbed, resize_pos_embed
+from vision_rwkv.backbones.blocks import Block, ChannelMix, PatchEmbed, ceil_div, resize_pos_embed
 from vision_rwkv.backbones.initial import init_linear
 from vision_rwkv.backbones.shift import Shift
 
@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         self.interpolate_mode = interpolate_mode
         self.output_cls_token = output_cls_token
         height, width = to_pair('img_size', img_size)
-        self.grid = (-(-height // patch_size), -(-width // patch_size))  # of the position embedding
+        self.grid = (ceil_div(height, patch_size), ceil_div(width, patch_size))  # of the position embedding
 
         self.patch_embed = PatchEmbed(in_channels, embed_dims, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], embed_dims))
@@ -120,5 +120,5 @@ class Backbone(nn.Module):
 
     def _to_feature(self, x: Tensor, hw: tuple[int, int]) -> Feature:
         h, w = hw
-        token_map = x[:, : h * w].transpose(1, 2).reshape(len(x), -1, h, w)
+        token_map = x[:, : h * w].transpose(1, 2).reshape(len(x), self.embed_dims, h, w)
         return [token_map, x[:, -1]] if self.output_cls_token else token_map

@@ -12,6 +12,11 @@ from vision_rwkv.backbones.shift import Shift, shift_and_mix
 FLOAT16_SQUARE_MAX = 255.0  # 256 ** 2 is past float16's largest number, 65504
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return (a + b - 1) // b
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches as tokens; the image is padded with zeros at the bottom and right to whole patches."""
 
@@ -23,8 +28,9 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(B, in_channels, H, W) -> tokens (B, h * w, C), row by row, and (h, w)."""
         height, width = x.shape[2:]
-        x = self.projection(F.pad(x, (0, -width % self.patch_size, 0, -height % self.patch_size)))
-        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
+        h, w = ceil_div(height, self.patch_size), ceil_div(width, self.patch_size)
+        x = self.projection(F.pad(x, (0, w * self.patch_size - width, 0, h * self.patch_size - height)))
+        return x.flatten(2).transpose(1, 2), (h, w)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], hw: tuple[int, int], mode: str) -> Tensor:
