@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools.runner import SeedEpochs, WholeFileBackend, latest_checkpoint
+from tools.runner import Runner, SeedEpochs, WholeFileBackend, latest_checkpoint
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -47,3 +47,28 @@ def test_an_epoch_draws_the_same_after_anything():
     assert draw() == first
     for other in ({'seed': 1}, {'rank': 1}, {'iter': 22}):
         assert not set(draw(**other)) & set(first)
+
+
+class Draws(torch.utils.data.Dataset):
+    """Each item is what the three random generators give."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_workers_draw_anew_each_epoch_and_the_same_when_seeded_so():
+    sampler = {'type': 'DefaultSampler', 'shuffle': False}
+    loader = Runner.build_dataloader(
+        {'dataset': Draws(), 'sampler': sampler, 'batch_size': 1, 'num_workers': 2, 'collate_fn': list}, seed=0
+    )
+
+    def epoch(done):
+        SeedEpochs().before_train_epoch(SimpleNamespace(seed=0, rank=0, iter=done))
+        return [value for batch in loader for item in batch for value in item]
+
+    first, second = epoch(0), epoch(4)
+    assert len({*first, *second}) == 24
+    assert epoch(4) == second
