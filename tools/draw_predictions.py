@@ -47,7 +47,8 @@ def draw_images(figure, predictions: list[dict], classes: list[str]) -> None:
         label, truth = int(prediction['pred_label']), int(prediction['gt_label'])
         color = GREEN if label == truth else RED
         note = f'{classes[label]}  {float(prediction["pred_score"][label]):.0%}'
-        axes.set_title(note if label == truth else f'{note}\nis {classes[truth]}', color=color, fontsize=9, pad=3)
+        axes.set_title(note if label == truth else f'{note}  is {classes[truth]}', color=color, fontsize=9, pad=3)
+    figure.suptitle('prediction and its confidence; green is right, red is wrong', fontsize=10)
     for axes in figure.axes:
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
@@ -59,8 +60,12 @@ def draw_curve(figure, losses: dict, accuracies: dict) -> None:
     top, bottom = figure.subplots(2, 1)
     top.plot(list(losses), list(losses.values()), color=BLUE, linewidth=1.2)
     top.set(xlabel='iteration', title='training loss')
-    errors = {epoch: 100 - value for epoch, value in accuracies.items()}
+    errors = {epoch: max(100 - value, 0.1) for epoch, value in accuracies.items()}  # none at all has no logarithm
     bottom.semilogy(list(errors), list(errors.values()), color=BLUE, linewidth=1.2, marker='.', markersize=4)
+    if errors:
+        best = min(errors, key=errors.get)
+        bottom.plot(best, errors[best], 'o', color=GREEN, label=f'best: epoch {best}')
+        bottom.legend(frameon=False)
     bottom.set(xlabel='epoch', title='held-out error (%)')
     bottom.yaxis.set_major_formatter('{x:g}')
     bottom.yaxis.set_minor_formatter('')
@@ -86,7 +91,7 @@ def main() -> None:
     accuracy = 100 * right / len(predictions)
 
     figure = plt.figure(figsize=(14, 6.4), layout='constrained', dpi=110)
-    images, curve = figure.subfigures(1, 2, width_ratios=[2.4, 1])
+    images, curve = figure.subfigures(1, 2, width_ratios=[2.4, 1], wspace=0.04)
     figure.suptitle(f'{args.title}: {right} of {len(predictions)} held-out images right ({accuracy:.2f} %)')
     draw_images(images, predictions, args.classes.read_text().split())
     draw_curve(curve, *read_log(args.work_dir))

@@ -35,9 +35,9 @@ def main() -> None:
     try:
         run.main([*_where(), f'--nproc-per-node={count}', script, *args, '--launcher', 'pytorch'])
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(f'process {failure.global_rank} was ended by signal {-failure.exitcode}', file=sys.stderr)
+            print(f'process {rank} was ended by signal {-failure.exitcode}', file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
 
 

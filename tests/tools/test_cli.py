@@ -38,6 +38,12 @@ def test_launcher_explains_itself(tmp_path):
     assert 'NODE_RANK must be set' in said.stderr
 
 
+def test_a_process_that_dies_is_named(tmp_path):
+    (tmp_path / 'dies.py').write_text('import os; os.kill(os.getpid(), 11)')
+    said = call('python', ROOT / 'tools/launch.py', 1, 'dies.py', cwd=tmp_path, expect=1)
+    assert errors_in(said.stderr) == ['process 0 was ended by signal 11']
+
+
 def test_transformers_5_is_named(tmp_path):
     info = tmp_path / 'transformers-5.1.0.dist-info'
     info.mkdir()
