@@ -184,3 +184,11 @@ def test_layers_can_be_run_from_outside(version):
     for layer in model.layers:
         x = layer(x, hw)
     assert torch.equal(x.transpose(1, 2).unflatten(2, hw), model(images())[0])
+
+
+def test_layers_past_the_last_map_are_not_run():
+    model, calls = make(VRWKV, out_indices=(0, 1)), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    model(images())
+    assert len(calls) == 2

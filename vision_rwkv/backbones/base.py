@@ -97,7 +97,7 @@ class Backbone(nn.Module):
         x, hw = self.patch_embed(x)
         x = x + resize_pos_embed(self.pos_embed, self.grid, hw, self.interpolate_mode)
         if self.cls_token is not None:
-            x = torch.cat([x, self.cls_token.to(x.dtype).expand(len(x), -1, -1)], 1)
+            x = torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
         return self.drop_after_pos(x), hw
 
     def forward(self, x: Tensor) -> tuple[Feature, ...]:
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
                 x = self.ln1(x)
             if number in self.out_indices:
                 features.append(self._to_feature(x, hw))
-            if number == self.out_indices[-1]:
+            if number == self.out_indices[-1]:  # nobody sees the layers after it
                 break
         return tuple(features)
 

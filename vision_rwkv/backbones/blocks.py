@@ -116,7 +116,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, T, C) -> (B, T, C); the first h * w tokens form the map."""
-        if self.with_cp and torch.is_grad_enabled():
+        if self.with_cp and torch.is_grad_enabled():  # inference and export see plain blocks
             return checkpoint(self._forward, x, hw, use_reentrant=False)
         return self._forward(x, hw)
 
