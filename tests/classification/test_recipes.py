@@ -83,13 +83,13 @@ def test_large_model_decays_no_flat_tensor_but_decay_and_first(name, monkeypatch
     assert sum('spatial_decay' in key for key in groups) == 24
 
 
-EPOCHS = {'digits': 40, '22kto1k': 20, 'in22k': 30}
+EPOCHS = {'digits': 30, '22kto1k': 20, 'in22k': 30}
 
 
 @pytest.mark.parametrize('name', [*ROWS, *DIGITS])
 def test_learning_rate(name):
     cfg = load(name).cfg
-    per_epoch = 11 if name in DIGITS else 60
+    per_epoch = 22 if name in DIGITS else 60
     epochs = next((number for key, number in EPOCHS.items() if key in name), 300)
     warm = 4 if name in DIGITS else 2 if name in LARGE else 20
     lr, floor, start = cfg.optim_wrapper.optimizer.lr, 0.01, 0.01 if name in DIGITS else 1e-3

@@ -127,7 +127,7 @@ def test_options_reach_the_config(monkeypatch, tmp_path):
     assert cfg.work_dir == str(tmp_path / 'work')
     assert (cfg.resume, cfg.load_from) == (True, f'{tmp_path}/work/epoch_7.pth')
     assert (cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale) == ('AmpOptimWrapper', 'dynamic')
-    assert cfg.auto_scale_lr == {'base_batch_size': 128, 'enable': True}
+    assert cfg.auto_scale_lr == {'base_batch_size': 64, 'enable': True}
     assert [backend['type'] for backend in cfg.visualizer.vis_backends] == ['LocalVisBackend', 'TensorboardVisBackend']
     assert (cfg.randomness.seed, cfg.train_cfg.max_epochs) == (3, 2)
 

@@ -1,4 +1,4 @@
-"""A small VRWKV6 on handwritten digits: the demo, minutes on two CPU cores."""
+"""A small VRWKV6 on handwritten digits: the demo, a minute or two on two CPU cores."""
 
 _base_ = [
     '../_base_/models/classifier.py',

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as written by tools/make_digits.py: 32x32 pictures, 64 per process.
+"""scikit-learn's handwritten digits as written by tools/make_digits.py: 32x32 pictures, 32 per process.
 
 So small that reading them in the training process is faster than starting workers each epoch.
 """
@@ -27,7 +27,7 @@ train_pipeline = [
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 
 train_dataloader = dict(
-    batch_size=64,
+    batch_size=32,
     num_workers=0,
     collate_fn=dict(type='default_collate'),
     dataset=dict(type='CustomDataset', data_root=data_root, data_prefix='train', pipeline=train_pipeline),
