@@ -18,6 +18,8 @@ inline bool runs_by_chunk(Phase phase) {
     return phase != Phase::chain && phase != Phase::chain_adjoint && phase != Phase::reduce;
 }
 
+constexpr int64_t kShort = 8;  // chunks
+
 template <typename Real>
 class Run {
  public:
@@ -31,13 +33,15 @@ class Run {
         for (int64_t i = 0; i < args.batch * args.channels; ++i) redo_[i] = exact_[i % args.channels];
     }
 
-    // Whole sequences are the tasks where there are enough of them, else chunks: every phase then runs over all
-    // chunks before the next. The arithmetic is the same, so neither the threads nor the choice changes a bit.
+    // Short sequences are tasks of their own, if there are enough of them: they stay in the cache from phase to phase.
+    // Else each phase runs over all chunks before the next phase. The arithmetic is the same, so neither this choice
+    // nor the number of threads changes a bit of the result.
     void operator()() {
         const int64_t sequences = args_.batch * blocks();
-        if (chunks_.count == 1 || sequences >= 4 * at::get_num_threads()) {
+        if (chunks_.count == 1 || (chunks_.count <= kShort && sequences >= 4 * at::get_num_threads())) {
             at::parallel_for(0, sequences, 1, [this](int64_t begin, int64_t end) { run_sequences(begin, end); });
         } else {
+            by_sequence_ = false;
             run_by_phase();
         }
         redo_exactly();
@@ -119,6 +123,8 @@ class Run {
     void run_task(Phase phase, int64_t sample, int64_t block, int64_t chunk, const Work<Real>& work) {
         Channels<Real> ch = channels_[block];
         ch.sequence = sample * args_.tokens * args_.channels;
+        ch.ahead = chunks_.length * args_.channels;
+        if (by_sequence_ && chunk == chunks_.count - 1) ch.ahead = kLanes<Real> - chunk * ch.ahead;  // next sequence
         if (phase == Phase::chain) {
             chain(ch, chunks_, work.sums, work.borders);
         } else if (phase == Phase::chain_adjoint) {
@@ -137,10 +143,11 @@ class Run {
         const int64_t begin = chunks_.begin(c), tokens = chunks_.size(c);
         Mask<Real> good = ch.w() == ch.w();
         if (phase == Phase::summarise) {
-            summarise<Real, full>(args_, ch, begin, tokens, work.sums[c]);
+            summarise<Real, full>(args_, ch, begin, tokens, chunks_.count == 1, work.sums[c]);
         } else if (phase == Phase::write_y) {
             good = write_y<Real, full>(args_, ch, begin, tokens, work.sums[c], work.borders[c]);
         } else if (phase == Phase::summarise_adjoint) {
+            if (chunks_.count == 1) return;
             summarise_adjoint<Real, full>(args_, ch, begin, tokens, work.sums[c], work.borders[c],
                                           work.adjoint_sums[c]);
         } else {
@@ -202,6 +209,7 @@ class Run {
     const Args<Real>& args_;
     const bool backward_;
     Chunks chunks_{};
+    bool by_sequence_ = true;  // else phase by phase
     std::vector<Channels<Real>> channels_;
     std::vector<uint8_t> exact_;  // (C,)
     std::vector<uint8_t> redo_;   // (B, C) what the exact code computes again

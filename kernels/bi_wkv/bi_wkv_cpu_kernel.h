@@ -52,6 +52,7 @@ struct Channels {
     Real w_lanes[kLanes<Real>] = {}, decay_lanes[kLanes<Real>], bonus_lanes[kLanes<Real>] = {};
     int64_t first, stride;  // offsets of the first channel, and from token to token
     int64_t sequence = 0;   // offset of the sample
+    int64_t ahead = 0;      // offset from a chunk to the next one in line
     int count;              // channels in the vector
 
     // `exact` marks channels whose w or u is outside the bounds; the vector code computes something else there.
@@ -78,8 +79,17 @@ struct Channels {
         return full ? load(p) : load_first(p, count);
     }
 
+    // For the first touch in a phase. A chunk is a narrow column of a row-major tensor, which no processor foresees;
+    // so its next one is fetched on the way. An address beyond the tensor does no harm.
+    template <bool full>
+    VRWKV_INLINE V fetch(const Real* p) const {
+        __builtin_prefetch(p + ahead, 0, 2);
+        return get<full>(p);
+    }
+
     template <bool full>
     VRWKV_INLINE void put(Real* p, V x) const {
+        __builtin_prefetch(p + ahead, 1, 2);
         if (full) {
             store(p, x);
         } else {
@@ -88,27 +98,29 @@ struct Channels {
     }
 };
 
-// Phase 1: one chunk's sums of e^k v and e^k.
+// Phase 1: one chunk's largest k and, unless it is the only chunk, its sums of e^k v and e^k.
 template <typename Real, bool full>
-void summarise(const Args<Real>& args, const Channels<Real>& ch, int64_t begin, int64_t tokens, Summary<Real>& out) {
+void summarise(const Args<Real>& args, const Channels<Real>& ch, int64_t begin, int64_t tokens, bool only,
+               Summary<Real>& out) {
     using V = Vec<Real>;
     const Real* k = args.k + ch.offset(begin);
     const Real* v = args.v + ch.offset(begin);
     V key = ch.template get<full>(k);
-    for (int64_t t = 1; t < tokens; ++t) key = max(ch.template get<full>(k + t * ch.stride), key);
+    for (int64_t t = 1; t < tokens; ++t) key = max(ch.template fetch<full>(k + t * ch.stride), key);
+    store(out.key, key);
+    if (only) return;
     V first_p{}, first_q{}, last_p{}, last_q{};
     V power = splat(Real(1));
     const V decay = ch.decay();
     for (int64_t t = 0; t < tokens; ++t) {
         const V q = exp(ch.template get<full>(k + t * ch.stride) - key);
-        const V p = q * ch.template get<full>(v + t * ch.stride);
+        const V p = q * ch.template fetch<full>(v + t * ch.stride);
         last_p = last_p * decay + p;
         last_q = last_q * decay + q;
         first_p += p * power;
         first_q += q * power;
         power *= decay;
     }
-    store(out.key, key);
     store(out.first[0], first_p);
     store(out.first[1], first_q);
     store(out.last[0], last_p);
@@ -201,11 +213,11 @@ VRWKV_INLINE void suffix(const Args<Real>& args, const Channels<Real>& ch, const
     const V decay = ch.decay();
     V p = entry.after[0], q = entry.after[1];
     for (int64_t t = tokens - 1; t >= 0; --t) {
-        const V e = exp((ch.template get<full>(k + t * ch.stride) - entry.key) - entry.top);
+        const V e = exp((ch.template fetch<full>(k + t * ch.stride) - entry.key) - entry.top);
         store(exps[t].x, e);
         store(after_p[t].x, p);
         store(after_q[t].x, q);
-        p = p * decay + e * ch.template get<full>(v + t * ch.stride);
+        p = p * decay + e * ch.template fetch<full>(v + t * ch.stride);
         q = q * decay + e;
     }
 }
@@ -262,7 +274,7 @@ VRWKV_INLINE Vec<Real> fill_rows(const Args<Real>& args, const Channels<Real>& c
         good &= in_bounds<Real>(denominator) & finite<Real>(numerator);
         smallest = min(denominator, smallest);
         const V inverse = Real(1) / denominator;
-        const V a = ch.template get<full>(gy + t * ch.stride) * inverse;
+        const V a = ch.template fetch<full>(gy + t * ch.stride) * inverse;
         store(rows.a[t].x, a);
         store(rows.b[t].x, -a * (numerator * inverse));
         p = p * decay + e_v;
