@@ -78,20 +78,30 @@ def bi_wkv_backward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor) -> t
     return tuple(x.to(t) for x, t in zip((gw, gu, gk, gv), dtypes, strict=True))
 
 
+def _sum_before(x: Tensor, dim: int) -> Tensor:
+    """Exclusive running sum. A running sum less the own term would lose the digits of small sums after a large term."""
+    length = x.shape[dim]
+    return torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 0, length - 1)], dim).cumsum(dim)
+
+
+def _sum_after(x: Tensor, dim: int) -> Tensor:
+    return _sum_before(x.flip(dim), dim).flip(dim)
+
+
 class _Chunk:
     """Tokens s of one causal pass with the decays between them; tensors (B, H, L, N), state (B, H, N, N)."""
 
     def __init__(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor):
         self.v = v
-        total = w.cumsum(2)
-        before = total - w
         length = w.shape[2]
-        past = torch.ones(length, length, dtype=torch.bool, device=w.device).tril(-1)[..., None]
-        between = before[:, :, :, None] - total[:, :, None]  # (B, H, L, L, N)
-        self.decay = torch.where(past, between, -torch.inf).exp()
+        past = torch.ones(length, length, dtype=torch.bool, device=w.device).tril(-1)  # i < t, at (t, i)
+        apart = past.tril(-2)[..., None]
+        # The sum of w over i < j < t is made of just these terms: a difference of longer sums would lose digits.
+        last = torch.where(apart, w.roll(1, 2)[:, :, :, None], 0)  # (B, H, t, i, N): w_{t-1} if t-1 > i
+        self.decay = torch.where(past[..., None], last.cumsum(2), -torch.inf).exp()
         self.r, self.k = r, k
-        self.r_decay, self.k_decay = before.exp(), (total[:, :, -1:] - total).exp()
-        self.state_decay = total[:, :, -1, :, None].exp()  # (B, H, N, 1)
+        self.r_decay, self.k_decay = _sum_before(w, 2).exp(), _sum_after(w, 2).exp()
+        self.state_decay = w.sum(2)[..., None].exp()  # (B, H, N, 1)
         self.score = torch.einsum('bhtn,bhin,bhtin->bhti', r, k, self.decay)
 
     def output(self, state: Tensor) -> Tensor:
@@ -111,11 +121,10 @@ class _Chunk:
         before = self.state_decay * gstate + (self.r * self.r_decay).transpose(-1, -2) @ gy
         # w_j decays what passes over token j: pairs i < j < t, the state to t > j, i < j to the state, state to state.
         pairs = torch.einsum('bhti,bhtn,bhin,bhtin->bhtin', gscore, self.r, self.k, self.decay)
-        passed = pairs.cumsum(3) - pairs  # over i' < i, at (t, i)
-        after = passed.flip(2).cumsum(2).flip(2) - passed  # over t' > t
-        gw = torch.diagonal(after, dim1=2, dim2=3).transpose(-1, -2)
+        passed = _sum_after(_sum_before(pairs, 3), 2)  # at (t, i): over t' > t and i' < i
+        gw = torch.diagonal(passed, dim1=2, dim2=3).transpose(-1, -2)
         to_state, from_state = self.k * gk_state, self.r * gr_state
-        gw = gw + (to_state.cumsum(2) - to_state) + (from_state.flip(2).cumsum(2).flip(2) - from_state)
+        gw = gw + _sum_before(to_state, 2) + _sum_after(from_state, 2)
         gw = gw + (self.state_decay * state * gstate).sum(-1)[:, :, None]
         return gr, gk, gv, gw, before
 
