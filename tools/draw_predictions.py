@@ -60,13 +60,15 @@ def draw_curve(figure, losses: dict, accuracies: dict) -> None:
     top, bottom = figure.subplots(2, 1)
     top.plot(list(losses), list(losses.values()), color=BLUE, linewidth=1.2)
     top.set(xlabel='iteration', title='training loss')
-    errors = {epoch: max(100 - value, 0.1) for epoch, value in accuracies.items()}  # none at all has no logarithm
-    bottom.semilogy(list(errors), list(errors.values()), color=BLUE, linewidth=1.2, marker='.', markersize=4)
+    errors = {epoch: 100 - value for epoch, value in accuracies.items()}
+    bottom.plot(list(errors), list(errors.values()), color=BLUE, linewidth=1.2, marker='.', markersize=4)
     if errors:
         best = min(errors, key=errors.get)
         bottom.plot(best, errors[best], 'o', color=GREEN, label=f'best: epoch {best}')
         bottom.legend(frameon=False)
     bottom.set(xlabel='epoch', title='held-out error (%)')
+    bottom.set_yscale('symlog', linthresh=0.25)  # logarithmic, but with a place for no error at all
+    bottom.set_ylim(bottom=-0.02)
     bottom.yaxis.set_major_formatter('{x:g}')
     bottom.yaxis.set_minor_formatter('')
     for axes in (top, bottom):

@@ -5,25 +5,24 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, call
 from PIL import Image
+from scripts import ROOT, call
 
 README = (ROOT / 'classification/README.md').read_text()
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]
 
-# What makes a command short enough for a test; --amp needs a GPU.
-SMALL = ' --cfg-options train_cfg.max_epochs=1 train_dataloader.batch_size=8 train_dataloader.num_workers=0'
-TINY = f'{SMALL} model.backbone.depth=1'
+# What makes a command short enough for a test.
+TRAIN = ['train_cfg.max_epochs=1', 'train_dataloader.batch_size=8', 'train_dataloader.num_workers=0']
+MODEL = ['model.backbone.depth=1', 'val_dataloader.num_workers=0', 'test_dataloader.num_workers=0']
 
 
 def shortened(command: str) -> str:
-    """``command`` with one process for several, and small settings at its end."""
+    """``command`` with one process for several, without --amp, which needs a GPU, and with small settings."""
     command = re.sub(r'(\.py|\.pth) [248]( |$)', r'\1 1\2', command).replace(' --amp', '')
-    if command.startswith('tools/dist_train'):
-        return command + (SMALL if 'digits' in command else TINY)
-    return command + (
-        ' --cfg-options model.backbone.depth=1' if 'dist_test' in command and 'digits' not in command else ''
-    )
+    if 'dist_' not in command:
+        return command
+    options = (TRAIN if 'dist_train' in command else []) + (MODEL if 'digits' not in command else [])
+    return f'{command} --cfg-options {" ".join(options)}' if options else command
 
 
 @pytest.fixture(scope='module')

@@ -3,8 +3,8 @@
 import sys
 
 import pytest
-from conftest import ROOT, call, errors_in
 from mmengine.config import Config
+from scripts import ROOT, call, errors_in
 
 from tools import test, train
 from tools.cli import UserError, check_data

@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, call
 from PIL import Image
+from scripts import ROOT, call
 from sklearn.datasets import load_digits
 
 from tools import make_digits

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, call, errors_in
+from scripts import ROOT, call, errors_in
 
 from tools.draw_predictions import is_right, read_log
 

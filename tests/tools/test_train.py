@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import ROOT, call, environment
+from scripts import ROOT, call, environment
 
 from tools.draw_predictions import read_log
 
