@@ -49,6 +49,16 @@ def test_drop_path_and_checkpointing(name):
     assert row.cfg.model.backbone.get('with_cp', False) == (name in LARGE)
 
 
+@pytest.mark.parametrize('name', ROWS)
+def test_norms_and_layer_scale(name):
+    row = load(name)
+    backbone = row.cfg.model.backbone
+    found = (backbone.get('post_norm', False), backbone.get('init_values'), backbone.get('key_norm', False))
+    assert found == row.norm
+    heads = {192: 3, 384: 6, 768: 12}[row.dims] if 'vrwkv6' in name else None
+    assert backbone.get('num_heads') == heads
+
+
 @pytest.mark.parametrize('name', ['vrwkv/vrwkv_tiny_8xb128_in1k', 'vrwkv6/vrwkv6_tiny_8xb128_in1k', *DIGITS])
 def test_small_models_train_and_predict(name):
     model = build(name, 'cpu')
