@@ -27,7 +27,7 @@ with-ops)
         mkdir -p "$wheels"
         build=$(mktemp -d "$wheels/build.XXXXXX")
         trap 'rm -rf "$build"' EXIT
-        PATH=$(dirname "$python"):$PATH MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
+        PATH=$(cd "$(dirname "$python")" && pwd):$PATH MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
             "$python" -m pip wheel -q --no-cache-dir --no-build-isolation --no-deps -w "$build" "$package"
         mv "$build"/onedl_mmcv-*.whl "$wheels"/ # whole or not at all
     fi
