@@ -1,0 +1,148 @@
+// WKV6 on CUDA: the dispatcher's entries. 64 channels a head in float32, bfloat16 or float16 run on the kernels beside
+// this file; other sizes and float64 on the PyTorch implementation.
+#include "wkv6_cuda.h"
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <torch/library.h>
+
+#include <initializer_list>
+#include <tuple>
+
+namespace wkv6 {
+
+constexpr int64_t kN = 64;  // as in wkv6_cuda_common.cuh
+constexpr int64_t kChunk = 64;
+
+Workspace workspace(const Call& call, bool backward) {
+    const int64_t chunks = (call.tokens + kChunk - 1) / kChunk, bh = call.batch * call.heads;
+    return Workspace{(backward ? 4 : 2) * bh * (chunks - 1) * kN * kN, 2 * bh * chunks * kN, bh * chunks * kN};
+}
+
+namespace {
+
+using at::Tensor;
+
+// The kernels read 16 bytes at a time.
+Tensor aligned(const Tensor& x) {
+    const Tensor y = x.contiguous();
+    return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? y.clone() : y;
+}
+
+bool has_kernel(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u) {
+    const auto dtype = r.scalar_type();
+    const bool known = dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+    return known && r.size(3) == kN && k.scalar_type() == dtype && v.scalar_type() == dtype &&
+           w.scalar_type() != at::kDouble && u.scalar_type() != at::kDouble;
+}
+
+void check(const Tensor& r, std::initializer_list<std::reference_wrapper<const Tensor>> others, const Tensor& u) {
+    TORCH_CHECK(r.dim() == 4, "wkv6: r must have shape (B, T, H, N), got ", r.sizes());
+    for (const Tensor& x : others) {
+        TORCH_CHECK(x.sizes() == r.sizes() && x.device() == r.device(), "wkv6: k, v, w and the gradient must have r's ",
+                    "shape ", r.sizes(), " and device, got ", x.sizes(), " on ", x.device());
+    }
+    TORCH_CHECK(u.dim() == 2 && u.size(0) == r.size(2) && u.size(1) == r.size(3) && u.device() == r.device(),
+                "wkv6: u must have shape (H, N) and r's device, got ", u.sizes(), " on ", u.device());
+}
+
+// The implementation in PyTorch, which is registered for every device.
+void call_pytorch(const char* name, torch::jit::Stack& stack) {
+    const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+    op.callBoxedForDispatchKey(c10::DispatchKey::CompositeExplicitAutograd, stack);
+}
+
+// Tensors as the kernels take them, and the workspace.
+struct Prepared {
+    Prepared(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
+             const Tensor& gy_)
+        : r(aligned(r_)), k(aligned(k_)), v(aligned(v_)), u(aligned(u_.to(at::kFloat))) {
+        const bool keep = w_.scalar_type() == r.scalar_type();
+        w = aligned(keep ? w_ : w_.to(at::kFloat));
+        if (gy_.defined()) gy = aligned(gy_.to(r.scalar_type()));
+        call.batch = r.size(0), call.tokens = r.size(1), call.heads = r.size(2);
+        call.r = r.const_data_ptr(), call.k = k.const_data_ptr(), call.v = v.const_data_ptr();
+        call.w = w.const_data_ptr(), call.u = u.const_data_ptr<float>();
+        call.gy = gy.defined() ? gy.const_data_ptr() : nullptr;
+        call.w_is_float = w.scalar_type() == at::kFloat;
+        const Workspace sizes = workspace(call, gy.defined());
+        const auto floats = r.options().dtype(at::kFloat);
+        states = at::empty({sizes.states}, floats), decays = at::empty({sizes.decays}, floats);
+        if (gy.defined()) u_parts = at::empty({sizes.u_parts}, floats);
+        call.states = states.mutable_data_ptr<float>(), call.decays = decays.mutable_data_ptr<float>();
+        call.stream = c10::cuda::getCurrentCUDAStream();
+    }
+    Tensor r, k, v, w, gy, u, states, decays, u_parts;
+    Call call;
+};
+
+Tensor wkv6_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u) {
+    const c10::cuda::CUDAGuard guard(r.device());
+    check(r, {k, v, w}, u);
+    if (r.numel() == 0) return at::empty(r.sizes(), r.options());
+    if (!has_kernel(r, k, v, w, u)) {
+        torch::jit::Stack stack{r, k, v, w, u};
+        call_pytorch("vision_rwkv::wkv6", stack);
+        return stack[0].toTensor();
+    }
+    const Prepared in(r, k, v, w, u, Tensor());
+    Tensor y = at::empty(r.sizes(), r.options());
+    switch (r.scalar_type()) {
+        case at::kFloat:
+            forward<float>(in.call, y.mutable_data_ptr());
+            break;
+        case at::kBFloat16:
+            forward<__nv_bfloat16>(in.call, y.mutable_data_ptr());
+            break;
+        default:
+            forward<__half>(in.call, y.mutable_data_ptr());
+    }
+    return y;
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five wkv6_backward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+                        const Tensor& gy) {
+    const c10::cuda::CUDAGuard guard(r.device());
+    check(r, {k, v, w, gy}, u);
+    const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options()); };
+    if (r.numel() == 0) return Five(like(r), like(k), like(v), like(w), at::zeros_like(u));
+    if (!has_kernel(r, k, v, w, u)) {
+        torch::jit::Stack stack{r, k, v, w, u, gy};
+        call_pytorch("vision_rwkv::wkv6_backward", stack);
+        return Five(stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor(),
+                    stack[4].toTensor());
+    }
+    const Prepared in(r, k, v, w, u, gy);
+    const Tensor gr = like(in.r), gk = like(in.k), gv = like(in.v), gw = like(in.w), gu = like(in.u);
+    const Gradients out{gr.mutable_data_ptr(), gk.mutable_data_ptr(),        gv.mutable_data_ptr(),
+                        gw.mutable_data_ptr(), gu.mutable_data_ptr<float>(), in.u_parts.mutable_data_ptr<float>()};
+    switch (r.scalar_type()) {
+        case at::kFloat:
+            backward<float>(in.call, out);
+            break;
+        case at::kBFloat16:
+            backward<__nv_bfloat16>(in.call, out);
+            break;
+        default:
+            backward<__half>(in.call, out);
+    }
+    return Five(gr, gk, gv, gw.to(w.scalar_type()), gu.to(u.scalar_type()));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
+    m.impl("wkv6", wkv6_cuda);
+    m.impl("wkv6_backward", wkv6_backward_cuda);
+}
+
+}  // namespace wkv6

@@ -1,0 +1,145 @@
+// Launches the WKV6 kernels; each dtype's file instantiates forward and backward.
+#pragma once
+
+#include <c10/cuda/CUDAException.h>
+
+#include <limits>
+#include <type_traits>
+
+#include "wkv6_cuda.h"
+#include "wkv6_cuda_gradient.cuh"
+#include "wkv6_cuda_output.cuh"
+#include "wkv6_cuda_state.cuh"
+
+namespace wkv6 {
+
+// bfloat16 tensors need no more than bfloat16 products; float16 has more bits but not the range that sums need.
+template <typename T>
+constexpr bool kSplitFor = !std::is_same<T, __nv_bfloat16>::value;
+
+// One block walks over all chunks of a sequence, which spares the scan's passes over the states, where there are
+// sequences enough to fill the device several times.
+constexpr int kWalkBlocksPerProcessor = 4;
+
+// Below this many threads with 16 loads in flight each, several threads share each sequence's scan.
+constexpr int kScanThreadsPerProcessor = 512;
+constexpr int kScanSegments = 4;
+
+inline Sizes sizes_of(const Call& call) {
+    return Sizes{call.batch * call.heads, call.tokens, static_cast<int>(call.heads),
+                 static_cast<int>((call.tokens + kChunk - 1) / kChunk)};
+}
+
+// Launches one call's kernels in order.
+class Launcher {
+ public:
+    explicit Launcher(cudaStream_t stream) : stream_(stream) {
+        int device, major;
+        C10_CUDA_CHECK(cudaGetDevice(&device));
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+        programmatic_ = major >= 9;
+    }
+
+    int64_t processors() const { return processors_; }
+
+    // Programmatic from the second kernel on: the first follows kernels that do not take part.
+    template <typename... Parameters, typename... Arguments>
+    void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, Arguments... arguments) {
+        TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "wkv6: too many tokens for one launch: ", blocks,
+                    " blocks");
+        constexpr int kSharedWithoutAsking = 48 * 1024;
+        if (shared > kSharedWithoutAsking) {
+            C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+        }
+        cudaLaunchAttribute early;
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared;
+        config.stream = stream_;
+        config.attrs = &early;
+        config.numAttrs = programmatic_ && launched_++ > 0 ? 1 : 0;
+        C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+
+ private:
+    cudaStream_t stream_;
+    int processors_ = 0, launched_ = 0;
+    bool programmatic_ = false;
+};
+
+// The states of `sets` sets, each of both directions.
+template <typename T, typename W>
+void launch_states(Launcher& launch, const Call& call, const Sizes& sizes, int sets) {
+    if (sizes.slots() == 0) return;
+    constexpr bool kSplit = kSplitFor<T>;
+    constexpr int kShared = 2 * Tile::kBytes + kStateWarps * kN * sizeof(float);
+    const StateInputs<T> in{{static_cast<const T*>(call.k), static_cast<const T*>(call.r)},
+                            {static_cast<const T*>(call.v), static_cast<const T*>(call.gy)}};
+    const auto* w = static_cast<const W*>(call.w);
+    auto* states = reinterpret_cast<unsigned char*>(call.states);
+    auto* decays = reinterpret_cast<float2*>(call.decays);
+    const int kinds = 2 * sets;
+    const int64_t sequences = kinds * sizes.bh, scans = sequences * (kN * kN / 4);
+    if (sequences >= kWalkBlocksPerProcessor * launch.processors()) {
+        launch(state_kernel<T, W, kSplit, true>, sequences, kStateThreads, kShared, in, w, sizes, kinds, states,
+               decays);
+        return;
+    }
+    launch(state_kernel<T, W, kSplit, false>, sequences * sizes.slots(), kStateThreads, kShared, in, w, sizes, kinds,
+           states, decays);
+    if (scans >= kScanThreadsPerProcessor * launch.processors()) {
+        launch(scan_kernel<kSplit, 1>, scans / kThreads, kThreads, 0, states, decays, sizes);
+    } else {
+        launch(scan_kernel<kSplit, kScanSegments>, scans * kScanSegments / kThreads, kThreads, 0, states, decays,
+               sizes);
+    }
+}
+
+template <typename T, typename W>
+void launch_output(Launcher& launch, const Call& call, const Sizes& sizes, const void* r, const void* k, const void* v,
+                   const float* states, void* y) {
+    launch(output_kernel<T, W, kSplitFor<T>>, sizes.bh * sizes.chunks, kThreads, OutputShared<T, W>::kBytes,
+           static_cast<const T*>(r), static_cast<const T*>(k), static_cast<const T*>(v), static_cast<const W*>(call.w),
+           call.u, reinterpret_cast<const unsigned char*>(states), sizes, static_cast<T*>(y));
+}
+
+template <typename T, typename W>
+void launch_forward(const Call& call, void* y) {
+    const Sizes sizes = sizes_of(call);
+    Launcher launch(call.stream);
+    launch_states<T, W>(launch, call, sizes, 1);
+    launch_output<T, W>(launch, call, sizes, call.r, call.k, call.v, call.states, y);
+}
+
+template <typename T, typename W>
+void launch_backward(const Call& call, const Gradients& out) {
+    const Sizes sizes = sizes_of(call);
+    Launcher launch(call.stream);
+    launch_states<T, W>(launch, call, sizes, 2);
+    // The gradient of v is the output for keys r and values gy.
+    const float* transposed = call.states + 2 * sizes.bh * sizes.slots() * kN * kN;
+    launch_output<T, W>(launch, call, sizes, call.k, call.r, call.gy, transposed, out.v);
+    launch(gradient_kernel<T, W, kSplitFor<T>>, sizes.bh * sizes.chunks, kThreads, GradientShared<T, W>::kBytes,
+           static_cast<const T*>(call.r), static_cast<const T*>(call.k), static_cast<const T*>(call.v),
+           static_cast<const W*>(call.w), call.u, static_cast<const T*>(call.gy),
+           reinterpret_cast<const unsigned char*>(call.states), sizes, static_cast<T*>(out.r), static_cast<T*>(out.k),
+           static_cast<W*>(out.w), out.u_parts);
+    launch(bonus_kernel, call.heads, kBonusThreads, 0, out.u_parts, sizes, out.u);
+}
+
+template <typename T>
+void forward(const Call& call, void* y) {
+    call.w_is_float ? launch_forward<T, float>(call, y) : launch_forward<T, T>(call, y);
+}
+
+template <typename T>
+void backward(const Call& call, const Gradients& out) {
+    call.w_is_float ? launch_backward<T, float>(call, out) : launch_backward<T, T>(call, out);
+}
+
+}  // namespace wkv6
