@@ -139,7 +139,7 @@ def test_direct_calls_with_bad_shapes_are_refused(name):
     for tensor in LAYOUT[name]:
         given = make(name, torch.float32)
         given[tensor] = given[tensor][..., :-1]
-        with pytest.raises(RuntimeError):
+        with pytest.raises((RuntimeError, ValueError)):  # the latter from einsum, where opt_einsum is installed
             getattr(torch.ops.vision_rwkv, name)(*given.values())
 
 

@@ -42,16 +42,20 @@ def implementation(device: torch.device | str = 'cpu') -> str:
 
 
 def warn_fallback(device: torch.device) -> None:
-    """Say once for each kind of device that the slower PyTorch implementation runs, and how to get the fast one."""
+    """Say once for each kind of device that the slower PyTorch implementation runs, and why."""
     if device.type in _warned or device.type not in ('cpu', 'cuda'):
         return
     _warned.add(device.type)
-    reason = _problem or f'the native library was built without {device.type.upper()} code'
-    needs = 'nvcc and a C++ compiler' if device.type == 'cuda' else 'a C++ compiler'
+    if implementation(device) == 'native':
+        reason = 'the native code does not cover this dtype or head size.'
+    else:
+        needs = 'nvcc and a C++ compiler' if device.type == 'cuda' else 'a C++ compiler'
+        reason = (
+            f'{_problem or f"the native library was built without {device.type.upper()} code"}. '
+            f'For the fast one, with {needs} on the PATH: {_REINSTALL}'
+        )
     warnings.warn(
-        f'vision_rwkv runs its PyTorch implementation on {device.type}, which is right but slow: {reason}. '
-        f'For the fast one, with {needs} on the PATH: {_REINSTALL}',
-        stacklevel=3,
+        f'vision_rwkv runs its PyTorch implementation on {device.type}, which is right but slow: {reason}', stacklevel=3
     )
 
 
