@@ -20,6 +20,12 @@ inline at::ScalarType compute_dtype(const char* op, std::initializer_list<at::Te
 // Contiguous in `dtype`; the same tensor where it is so already.
 inline at::Tensor prepared(const at::Tensor& x, at::ScalarType dtype) { return x.to(dtype).contiguous(); }
 
+// By the untyped accessor: newer versions of Clang mangle the name of the typed one as no GCC-built PyTorch does.
+template <typename Real>
+const Real* data(const at::Tensor& x) {
+    return static_cast<const Real*>(x.const_data_ptr());
+}
+
 // Runs `body` with a template parameter `Real` of float or double.
 template <typename Body>
 void for_real(at::ScalarType dtype, const Body& body) {

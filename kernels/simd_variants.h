@@ -7,23 +7,15 @@
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#define VRWKV_PUSH_AVX512                                                                                            \
-    _Pragma(                                                                                                         \
-        "clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512vl,avx512bw,avx2,fma\"))), apply_to = " \
-        "function)")
-#define VRWKV_PUSH_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
-#define VRWKV_POP _Pragma("clang attribute pop")
-#else
-#define VRWKV_PUSH_AVX512 \
-    _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512dq,avx512vl,avx512bw,avx2,fma\")")
-#define VRWKV_PUSH_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
-#define VRWKV_POP _Pragma("GCC pop_options")
-#endif
-
 namespace {
 
-VRWKV_PUSH_AVX512
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma")
+#endif
 #define VRWKV_VECTOR_BYTES 64
 namespace avx512 {
 #include "simd.h"
@@ -31,9 +23,14 @@ namespace avx512 {
 }  // namespace avx512
 #undef VRWKV_VECTOR_BYTES
 #undef VRWKV_INLINE
-VRWKV_POP
-
-VRWKV_PUSH_AVX2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
 #define VRWKV_VECTOR_BYTES 32
 namespace avx2 {
 #include "simd.h"
@@ -41,7 +38,11 @@ namespace avx2 {
 }  // namespace avx2
 #undef VRWKV_VECTOR_BYTES
 #undef VRWKV_INLINE
-VRWKV_POP
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 
 }  // namespace
 

@@ -41,10 +41,10 @@ BiWkvArgs<Real> arguments(const Tensor& w, const Tensor& u, const Tensor& k, con
     args.batch = k.size(0);
     args.tokens = k.size(1);
     args.channels = k.size(2);
-    args.w = w.const_data_ptr<Real>();
-    args.u = u.const_data_ptr<Real>();
-    args.k = k.const_data_ptr<Real>();
-    args.v = v.const_data_ptr<Real>();
+    args.w = data<Real>(w);
+    args.u = data<Real>(u);
+    args.k = data<Real>(k);
+    args.v = data<Real>(v);
     return args;
 }
 
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, const Tenso
         for_real(dtype, [&](auto real) {
             using Real = decltype(real);
             BiWkvArgs<Real> args = arguments<Real>(w_, u_, k_, v_);
-            args.gy = gy_.const_data_ptr<Real>();
+            args.gy = data<Real>(gy_);
             args.gw = gw.mutable_data_ptr<Real>();
             args.gu = gu.mutable_data_ptr<Real>();
             args.gk = gk.mutable_data_ptr<Real>();

@@ -55,7 +55,7 @@ struct Inputs {
         : r(padded(r, dtype)), k(padded(k, dtype)), v(padded(v, dtype)), u(padded(u, dtype)) {
         const Tensor w_ = padded(w, dtype);
         decay = at::empty_like(w_);
-        VRWKV_DISPATCH(take_exp<Real>, w_.const_data_ptr<Real>(), decay.mutable_data_ptr<Real>(), w_.numel());
+        VRWKV_DISPATCH(take_exp<Real>, data<Real>(w_), decay.mutable_data_ptr<Real>(), w_.numel());
     }
 
     Wkv6Args<Real> args() const {
@@ -64,11 +64,11 @@ struct Inputs {
         a.tokens = r.size(1);
         a.heads = r.size(2);
         a.width = r.size(3);
-        a.r = r.const_data_ptr<Real>();
-        a.k = k.const_data_ptr<Real>();
-        a.v = v.const_data_ptr<Real>();
-        a.decay = decay.const_data_ptr<Real>();
-        a.u = u.const_data_ptr<Real>();
+        a.r = data<Real>(r);
+        a.k = data<Real>(k);
+        a.v = data<Real>(v);
+        a.decay = data<Real>(decay);
+        a.u = data<Real>(u);
         return a;
     }
 };
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& r, con
         for (Tensor* x : {&gr, &gk, &gv, &gw}) *x = at::empty_like(inputs.r);
         gu = at::empty({r.size(0), r.size(2), inputs.r.size(3)}, r.options().dtype(at::kDouble));
         Wkv6Args<Real> args = inputs.args();
-        args.gy = gy_.const_data_ptr<Real>();
+        args.gy = data<Real>(gy_);
         args.gr = gr.mutable_data_ptr<Real>();
         args.gk = gk.mutable_data_ptr<Real>();
         args.gw = gw.mutable_data_ptr<Real>();
