@@ -1,9 +1,12 @@
-// Gradients of r, k, w and u, from the chunks and the states between them. (output_kernel gives that of v.)
+// Gradients of r, k, w and u, from the chunks and the states between them.
+// (output_kernel gives that of v.)
 //
-// w_j decays what passes over token j, so its gradient is the sum of r_t gr_t, or k_t gk_t, over pairs that straddle j.
-// A pair counts at the level where a boundary first separates its tokens: for a token right of the boundary all
-// partners are left of it, so j in the right half gets the sum over the tokens t > j of that half, and j in the left
-// half over t < j. Nothing is subtracted, so nothing cancels.
+// w_j decays what passes over token j, so its gradient is the sum of r_t gr_t,
+// or k_t gk_t, over pairs that straddle j. A pair counts at the level where a
+// boundary first separates its tokens: for a token right of the boundary all
+// partners are left of it, so j in the right half gets the sum over the tokens
+// t > j of that half, and j in the left half over t < j. Nothing is subtracted,
+// so nothing cancels.
 #pragma once
 
 #include "wkv6_cuda_common.cuh"
@@ -27,15 +30,16 @@ struct GradientShared {
     static_assert(kBytes <= 99 * 1024, "more than a block gets on compute capability 8.6, 8.9 and 12.0");
 };
 
-// Products of tokens' gy and v, of which `count` exist: of the rows that a warp owns with its own 16 tokens, its
-// sibling's and the other half's.
+// Products of tokens' gy and v: of the rows that a warp owns with its own 16
+// tokens, its sibling's and the other half's.
 struct Products {
     Left own, sibling, far[2];
-    float self[2], next[2];  // with itself and the other token of its pair, for both rows of the lane
+    float self[2], next[2];  // with itself and the other token of its pair, for
+                             // both rows of the lane
 };
 
 template <bool kSplit>
-__device__ inline void products(Products& out, Tile rows, Tile columns, int warp, int count) {
+__device__ inline void products(Products& out, Tile rows, Tile columns, int warp) {
     const int lane = threadIdx.x % 32, g = lane / 4;
     const int column_rows[4] = {warp, warp ^ 1, (warp & 2) ^ 2, ((warp & 2) ^ 2) + 1};
     Sum sums[4][2] = {};
@@ -45,7 +49,6 @@ __device__ inline void products(Products& out, Tile rows, Tile columns, int warp
         load_left<kSplit, false>(a, rows, warp * kRows, 2 * group);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (column_rows[i] * kRows >= count) continue;
             Right b[2];
             load_right<kSplit, false>(b, columns, column_rows[i] * kRows, 2 * group);
             multiply<kSplit>(sums[i][0], sums[i][1], a, b[0], b[1]);
@@ -76,7 +79,8 @@ __device__ inline Left at_level(const Left& own, int level) {
     return out;
 }
 
-// pairs (16 x 16) times the tokens' block: the block's registers are a left operand, turned into right ones.
+// pairs (16 x 16) times the tokens' block: the block's registers are a left
+// operand, turned into right ones.
 template <bool kSplit>
 __device__ inline Block times_own(const Left& pairs, const Block& block) {
     const Left x = as_left<kSplit>(block);
@@ -97,7 +101,8 @@ __device__ inline void add_times_tile(Sum (&sums)[2], const Left& pairs, GroupTi
     multiply<kSplit>(sums[0], sums[1], pairs, b[0], b[1]);
 }
 
-// The warp's rows of gy or v (all channels of v) times the state's rows of this group.
+// The warp's rows of gy or v (all channels of v) times the state's rows of this
+// group.
 template <bool kSplit>
 __device__ inline Block times_state(Tile rows, StateTile state, int warp) {
     Sum sums[2] = {};
@@ -112,13 +117,15 @@ __device__ inline Block times_state(Tile rows, StateTile state, int warp) {
     return as_block(sums);
 }
 
-// Sums over the warp's eight tokens of a register, that is over the lanes of equal q.
+// Sums over the warp's eight tokens of a register, that is over the lanes of
+// equal q.
 __device__ inline float sum_tokens(float x) {
     for (int mask = 4; mask < 32; mask *= 2) x += shuffle_xor(x, mask);
     return x;
 }
 
-// Sums over the warp's 16 tokens to three tables of kWarps rows and kGroup columns.
+// Sums over the warp's 16 tokens to three tables of kWarps rows and kGroup
+// columns.
 __device__ inline void store_token_sums(float* tables, const Block& a, const Block& b, const Block& c) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float x[3][4];
@@ -133,13 +140,14 @@ __device__ inline void store_token_sums(float* tables, const Block& a, const Blo
     }
 }
 
-// What is still to be summed for the gradient of w at token j: `after` over the later, `before` over the earlier tokens
-// of the same part of the chunk.
+// What is still to be summed for the gradient of w at token j: `after` over the
+// later, `before` over the earlier tokens of the same part of the chunk.
 struct Pending {
     Block after, before;
 };
 
-// Halves the parts, from 2 `half` tokens to `half`: each half's tokens get the sum of what the other half passes over.
+// Halves the parts, from 2 `half` tokens to `half`: each half's tokens get the
+// sum of what the other half passes over.
 template <int kHalf>
 __device__ inline void halve(Block& gw, const Pending& pending) {
     [[maybe_unused]] const int g = threadIdx.x % 32 / 4;
@@ -157,7 +165,8 @@ __device__ inline void halve(Block& gw, const Pending& pending) {
     }
 }
 
-// Pairs across the boundary between two parts of kHalf tokens: products of this token with its gradient.
+// Pairs across the boundary between two parts of kHalf tokens: products of this
+// token with its gradient.
 template <int kHalf>
 __device__ inline void enter(Pending& pending, const Block& crossing) {
     const float right = threadIdx.x % 32 / 4 & kHalf ? 1.f : 0.f, left = 1.f - right;
@@ -180,8 +189,8 @@ __device__ inline void enter(Pending& pending, const Block& crossing, bool is_ri
     }
 }
 
-// Of the four states in shared memory, the sums over v's channels of S G (+ S' G'), decayed over the chunk: one number
-// for each channel of the group.
+// Of the four states in shared memory, the sums over v's channels of S G (+ S'
+// G'), decayed over the chunk: one number for each channel of the group.
 template <bool kSplit>
 __device__ inline void through_chunk(float* out, const StateTile (&tiles)[4], const float* totals) {
     const int row = threadIdx.x / 8, unit = threadIdx.x % 8;
@@ -212,7 +221,8 @@ struct GroupGradient {
     Block r, k;        // the inputs
     Block gr, gk, gw;  // the gradients
     Block decay16, decay32, before, after;
-    Block crossing2, crossing4, crossing8;  // a level's products of r and k with their gradients
+    Block crossing2, crossing4,
+        crossing8;  // a level's products of r and k with their gradients
     Pending pending;
 
     // One level's part of gr and gk; returns their products with r and k, for gw.
@@ -249,21 +259,19 @@ struct GroupGradient {
         before = d.factor_chunk<true>(warp, totals), after = d.factor_chunk<false>(warp, totals);
     }
 
-    // Pairs with tokens of other warps. `tiles`: k and r at level 16, k and r at level 32. Adds the warp's sums to
-    // `tables` for the other warps' gw.
+    // Pairs with tokens of other warps. `tiles`: k and r at level 16, k and r at
+    // level 32. Adds the warp's sums to `tables` for the other warps' gw.
     __device__ void with_other_warps(const Products& by_row, const Products& by_column, const GroupTile (&tiles)[4],
-                                     float* tables, int warp, int count) {
+                                     float* tables, int warp) {
         const int far_row = ((warp & 2) ^ 2) * kRows, sibling_row = (warp ^ 1) * kRows;
         Sum from_k[2] = {}, from_r[2] = {};
         for (int i = 0; i < 2; ++i) {
-            if (far_row + i * kRows >= count) continue;
             add_times_tile<kSplit>(from_k, by_row.far[i], tiles[2], far_row + i * kRows);
             add_times_tile<kSplit>(from_r, by_column.far[i], tiles[3], far_row + i * kRows);
         }
         const Block crossing = level(as_block(from_k), as_block(from_r), decay32);
         store_token_sums(tables, pending.after, pending.before, crossing);
         enter(pending, crossing, warp & 2);
-        if (sibling_row >= count) return;
         Sum sibling_k[2] = {}, sibling_r[2] = {};
         add_times_tile<kSplit>(sibling_k, by_row.sibling, tiles[0], sibling_row);
         add_times_tile<kSplit>(sibling_r, by_column.sibling, tiles[1], sibling_row);
@@ -281,7 +289,8 @@ struct GroupGradient {
         halve<1>(gw, pending);
     }
 
-    // What the other warps' tokens and the states pass over this warp's; q: the lane's four channels.
+    // What the other warps' tokens and the states pass over this warp's; q: the
+    // lane's four channels.
     __device__ void add_passing(const float* tables, const float* through, int warp, int q) {
         for (int i = 0; i < 4; ++i) {
             const int channel = 4 * q + i;
@@ -298,7 +307,8 @@ struct GroupGradient {
     }
 };
 
-// Block x: sequence and chunk. `bonus_parts`: (bh, chunks, kN), what each chunk adds to the gradient of u.
+// Block x: sequence and chunk. `bonus_parts`: (bh, chunks, kN), what each chunk
+// adds to the gradient of u.
 template <typename T, typename W, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 2)
     gradient_kernel(const T* __restrict__ r, const T* __restrict__ k, const T* __restrict__ v, const W* __restrict__ w,
@@ -327,7 +337,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool first = g < remaining, second = 8 + g < remaining, active = remaining > 0;
     const int64_t mine = chunk_origin + (first ? warp * kRows + g : 0) * stride + 4 * q;
 
-    // States in the order of memory: S before the chunk, S' after it, then of (r, gy): G' before, G after.
+    // States in the order of memory: S before the chunk, S' after it, then of (r,
+    // gy): G' before, G after.
     const bool is_before = chunk > 0, is_after = chunk < sizes.chunks - 1;
     const int64_t set_bytes = 2 * sizes.bh * sizes.slots() * kStateBytes;
     const unsigned char* state_before = states + (bh * sizes.slots() + chunk - 1) * kStateBytes;
@@ -358,10 +369,6 @@ __global__ void __launch_bounds__(kThreads, 2)
         gradients.load(gy + chunk_origin, stride, rows);
         start_group(0);
         if (threadIdx.x < kN / 4) copy_async<16>(bonus_all + 4 * threadIdx.x, u + head * kN + 4 * threadIdx.x);
-        // Warps without tokens add nothing to these.
-        for (int i = threadIdx.x; i < 3 * kWarps * kGroup; i += kThreads) tables[i] = 0;
-        for (int i = threadIdx.x; i < kWarps * kN; i += kThreads) bonus_sums[i] = 0;
-        if (threadIdx.x < kGroup) through[threadIdx.x] = 0;
         decays.store_totals(totals);
         values.store<kSplit>(v_tile);
         gradients.store<kSplit>(gy_tile);
@@ -371,59 +378,55 @@ __global__ void __launch_bounds__(kThreads, 2)
     wait_copies();
     __syncthreads();
     Products by_row, by_column;  // gy_t v_i with the warp's tokens as t and as i
-    if (active) {
-        products<kSplit>(by_row, gy_tile, v_tile, warp, rows);
-        products<kSplit>(by_column, v_tile, gy_tile, warp, rows);
-    }
+    products<kSplit>(by_row, gy_tile, v_tile, warp);
+    products<kSplit>(by_column, v_tile, gy_tile, warp);
 
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
         GroupGradient<kSplit> x;
         wait_copies();
-        if (active) {
-            DecaySums d(w_coming.take());
-            x.r = r_coming.take(), x.k = k_coming.take();
-            if (group + 1 < kGroups) start_group(group + 1);
-            float bonus[4];
-            load4(bonus, bonus_all + group * kGroup + 4 * q);
-            x.among_own(by_row, by_column, d, bonus, totals + group * kGroup + 4 * q, warp);
-            for (int i = 0; i < 4; ++i) {
-                const float sum =
-                    sum_tokens(by_row.self[0] * x.r.x[i] * x.k.x[i] + by_row.self[1] * x.r.x[4 + i] * x.k.x[4 + i]);
-                if (lane < 4) bonus_sums[warp * kN + group * kGroup + 4 * q + i] = sum;
-            }
-            store_left<kSplit>(tiles[0], warp * kRows, as_left<kSplit>(x.k * x.decay16));
-            store_left<kSplit>(tiles[1], warp * kRows, as_left<kSplit>(x.r * x.decay16));
-            store_left<kSplit>(tiles[2], warp * kRows, as_left<kSplit>(x.k * x.decay32));
-            store_left<kSplit>(tiles[3], warp * kRows, as_left<kSplit>(x.r * x.decay32));
+        DecaySums d(w_coming.take());
+        x.r = r_coming.take(), x.k = k_coming.take();
+        if (group + 1 < kGroups) start_group(group + 1);
+        float bonus[4];
+        load4(bonus, bonus_all + group * kGroup + 4 * q);
+        x.among_own(by_row, by_column, d, bonus, totals + group * kGroup + 4 * q, warp);
+        for (int i = 0; i < 4; ++i) {
+            const float sum =
+                sum_tokens(by_row.self[0] * x.r.x[i] * x.k.x[i] + by_row.self[1] * x.r.x[4 + i] * x.k.x[4 + i]);
+            if (lane < 4) bonus_sums[warp * kN + group * kGroup + 4 * q + i] = sum;
         }
-        __syncthreads();  // tiles and states are there; `tables` and `through` of the last group have been read
+        store_left<kSplit>(tiles[0], warp * kRows, as_left<kSplit>(x.k * x.decay16));
+        store_left<kSplit>(tiles[1], warp * kRows, as_left<kSplit>(x.r * x.decay16));
+        store_left<kSplit>(tiles[2], warp * kRows, as_left<kSplit>(x.k * x.decay32));
+        store_left<kSplit>(tiles[3], warp * kRows, as_left<kSplit>(x.r * x.decay32));
+        __syncthreads();  // tiles and states are there; `tables` and `through` of
+                          // the last group have been read
         if (group + 1 < kGroups) start_states(group + 1);
-        if (active) {
-            x.pending = Pending{};
-            if (is_before) {
-                x.pending.after = x.level(times_state<kSplit>(gy_tile, state_tile(group, 0), warp),
-                                          times_state<kSplit>(v_tile, state_tile(group, 2), warp), x.before);
-            }
-            if (is_after) {
-                x.pending.before = x.level(times_state<kSplit>(gy_tile, state_tile(group, 1), warp),
-                                           times_state<kSplit>(v_tile, state_tile(group, 3), warp), x.after);
-            }
-            x.with_other_warps(by_row, by_column, tiles, tables, warp, rows);
-            store_block(gr + mine + group * kGroup, stride, x.gr, first, second);
-            store_block(gk + mine + group * kGroup, stride, x.gk, first, second);
+
+        x.pending = Pending{};
+        if (active && is_before) {
+            x.pending.after = x.level(times_state<kSplit>(gy_tile, state_tile(group, 0), warp),
+                                      times_state<kSplit>(v_tile, state_tile(group, 2), warp), x.before);
+        }
+        if (active && is_after) {
+            x.pending.before = x.level(times_state<kSplit>(gy_tile, state_tile(group, 1), warp),
+                                       times_state<kSplit>(v_tile, state_tile(group, 3), warp), x.after);
         }
         if (is_before && is_after) {  // S passes to G, S' to G'
             const StateTile passing[4] = {state_tile(group, 0), state_tile(group, 3), state_tile(group, 1),
                                           state_tile(group, 2)};
             through_chunk<kSplit>(through, passing, totals + group * kGroup);
+        } else if (threadIdx.x < kGroup) {
+            through[threadIdx.x] = 0;
         }
-        if (active) x.sum_w();
+        x.with_other_warps(by_row, by_column, tiles, tables, warp);
+        store_block(gr + mine + group * kGroup, stride, x.gr, first, second);
+        store_block(gk + mine + group * kGroup, stride, x.gk, first, second);
+        x.sum_w();
         __syncthreads();
-        if (active) {
-            x.add_passing(tables, through, warp, q);
-            store_block(gw + mine + group * kGroup, stride, x.gw, first, second);
-        }
+        x.add_passing(tables, through, warp, q);
+        store_block(gw + mine + group * kGroup, stride, x.gw, first, second);
     }
     if (threadIdx.x < kN) {
         float sum = 0;
