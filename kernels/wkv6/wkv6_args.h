@@ -10,9 +10,9 @@ constexpr int64_t kHeadMultiple = 32;  // two of the widest vectors: operators p
 template <typename Real>
 struct Wkv6Args {
     int64_t batch, tokens, heads, width;  // width = N
-    const Real *r, *k, *v, *decay;        // decay = exp(w), from take_exp
-    const Real* u;                        // (H, N)
-    Real* y;                              // output
+    const Real *r, *k, *v, *w;
+    const Real* u;  // (H, N)
+    Real* y;        // output
     // backward: y above is gv, and
     const Real* gy;
     Real *gr, *gk, *gw;

@@ -49,14 +49,10 @@ Tensor result(const Tensor& x, const Tensor& like) {
 // The inputs as the kernels want them; keeps them alive.
 template <typename Real>
 struct Inputs {
-    Tensor r, k, v, decay, u;
+    Tensor r, k, v, w, u;
 
     Inputs(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, at::ScalarType dtype)
-        : r(padded(r, dtype)), k(padded(k, dtype)), v(padded(v, dtype)), u(padded(u, dtype)) {
-        const Tensor w_ = padded(w, dtype);
-        decay = at::empty_like(w_);
-        VRWKV_DISPATCH(take_exp<Real>, data<Real>(w_), decay.mutable_data_ptr<Real>(), w_.numel());
-    }
+        : r(padded(r, dtype)), k(padded(k, dtype)), v(padded(v, dtype)), w(padded(w, dtype)), u(padded(u, dtype)) {}
 
     Wkv6Args<Real> args() const {
         Wkv6Args<Real> a{};
@@ -67,7 +63,7 @@ struct Inputs {
         a.r = data<Real>(r);
         a.k = data<Real>(k);
         a.v = data<Real>(v);
-        a.decay = data<Real>(decay);
+        a.w = data<Real>(w);
         a.u = data<Real>(u);
         return a;
     }
