@@ -10,9 +10,9 @@ constexpr int kRun = 32;                                     // tokens whose vec
 constexpr int kRows = VRWKV_VECTOR_BYTES == 64 ? 8 : 4;      // rows of the state in registers, two vectors each
 constexpr int kGradRows = VRWKV_VECTOR_BYTES == 64 ? 8 : 4;  // the same in the backward
 
-constexpr int kGroup = 4;  // strips that a thread takes through the tokens together
+constexpr int kGroup = 2;  // strips that a thread takes through the tokens together
 
-constexpr int64_t kLarge = 4 << 20;  // bytes of a tensor, of which there are five to nine
+constexpr int64_t kLarge = 20 << 20;  // bytes
 
 template <typename Real>
 constexpr int kStrip = 2 * kLanes<Real>;  // channels of a task
@@ -151,10 +151,10 @@ VRWKV_INLINE void fetch(const Args<Real>& args, const Strip<Real>& strip, const 
     }
 }
 
-// Whether the tensors are so large that fetching pays.
+// Whether so many tensors are too large for the caches, so that fetching pays.
 template <typename Real>
-bool is_large(const Args<Real>& args) {
-    return args.batch * args.tokens * args.heads * args.width * int64_t(sizeof(Real)) > kLarge;
+bool is_large(const Args<Real>& args, int64_t tensors) {
+    return tensors * args.batch * args.tokens * args.heads * args.width * int64_t(sizeof(Real)) > kLarge;
 }
 
 // y of some strips of one sample, in both directions. Run by run they go together: what is next to each other in memory
@@ -163,7 +163,7 @@ template <typename Real>
 void output_group(const Args<Real>& args, int64_t first, int64_t count) {
     std::unique_ptr<Row<Real>[]> states(new Row<Real>[count * args.width]);
     Decays<Real> decays(args);
-    const bool large = is_large(args);
+    const bool large = is_large(args, 5);
     const int64_t runs = Walk(args, Strip<Real>(args, first), true).runs();
     for (bool forth : {true, false}) {
         std::memset(states.get(), 0, count * args.width * sizeof(Row<Real>));
@@ -311,7 +311,7 @@ template <typename Real>
 void keep_states(const Args<Real>& args, int64_t first, int64_t count, bool forth, int64_t runs, Decays<Real>& decays,
                  Row<Real>* states) {
     const int64_t width = args.width;
-    const bool large = is_large(args);
+    const bool large = is_large(args, 11);
     for (int64_t i = 0; i < count; ++i) std::memset(states + i * runs * width, 0, width * sizeof(Row<Real>));
     for (int64_t run = 0; run < runs; ++run) {
         for (int64_t i = 0; i < count; ++i) {
@@ -338,7 +338,7 @@ void gradient_group(const Args<Real>& args, int64_t first, int64_t count) {
     std::unique_ptr<Row<Real>[]> states(new Row<Real>[count * runs * width]), adjoints(new Row<Real>[count * width]);
     Row<Real> history[kRun * kGradRows];
     Decays<Real> decays(args);
-    const bool large = is_large(args);
+    const bool large = is_large(args, 11);
     for (bool forth : {true, false}) {
         keep_states(args, first, count, forth, runs, decays, states.get());
         std::memset(adjoints.get(), 0, count * width * sizeof(Row<Real>));
