@@ -10,8 +10,7 @@ constexpr int kRun = 32;                                     // tokens whose vec
 constexpr int kRows = VRWKV_VECTOR_BYTES == 64 ? 8 : 4;      // rows of the state in registers, two vectors each
 constexpr int kGradRows = VRWKV_VECTOR_BYTES == 64 ? 8 : 4;  // the same in the backward
 
-constexpr int kGroup = 2;  // strips that a thread takes through the tokens together
-
+constexpr int kGroup = 2;             // strips that a thread takes through the tokens together
 constexpr int64_t kLarge = 20 << 20;  // bytes
 
 template <typename Real>
@@ -157,7 +156,7 @@ bool is_large(const Args<Real>& args, int64_t tensors) {
     return tensors * args.batch * args.tokens * args.heads * args.width * int64_t(sizeof(Real)) > kLarge;
 }
 
-// y of some strips of one sample, in both directions. Run by run they go together: what is next to each other in memory
+// y of some strips, in both directions. Run by run they go together: what is next to each other in memory
 // is read together.
 template <typename Real>
 void output_group(const Args<Real>& args, int64_t first, int64_t count) {
@@ -330,7 +329,7 @@ void keep_states(const Args<Real>& args, int64_t first, int64_t count, bool fort
     }
 }
 
-// gr, gk, gw and gu of some strips, of k's channels, of one sample. On the way back through a direction each run's
+// gr, gk, gw and gu of some strips of k's channels. On the way back through a direction each run's
 // states are computed again from the first one, and meet the adjoint state.
 template <typename Real>
 void gradient_group(const Args<Real>& args, int64_t first, int64_t count) {
@@ -365,17 +364,12 @@ void gradient_group(const Args<Real>& args, int64_t first, int64_t count) {
     }
 }
 
-// Runs `body` on groups of neighbouring strips of one sample, in parallel.
+// Runs `body` on groups of neighbouring strips, in parallel.
 template <typename Real>
 void for_groups(const Args<Real>& args, void (*body)(const Args<Real>&, int64_t, int64_t)) {
-    const int64_t per_sample = args.heads * (args.width / kStrip<Real>);
-    at::parallel_for(0, args.batch * per_sample, 1, [&](int64_t begin, int64_t end) {
-        while (begin < end) {
-            const int64_t left = per_sample - begin % per_sample;
-            const int64_t count = std::min({end - begin, left, static_cast<int64_t>(kGroup)});
-            body(args, begin, count);
-            begin += count;
-        }
+    const int64_t strips = args.batch * args.heads * (args.width / kStrip<Real>);
+    at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i += kGroup) body(args, i, std::min<int64_t>(end - i, kGroup));
     });
 }
 

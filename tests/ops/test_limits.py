@@ -1,11 +1,16 @@
-"""Bi-WKV where single floats stop holding its sums: kernels must notice, and take the long way."""
+"""Where single floats stop holding the sums of an operator: kernels must notice, and take the long way."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from op_cases import DEVICES, error, gradients, rounded
+from op_cases import DEVICES, assert_equals_definition, error, gradients, rounded, wkv6_inputs
 from torch import Tensor
 
-from vision_rwkv.ops import bi_wkv, reference
+from vision_rwkv.ops import bi_wkv, reference, wkv6
 
 T = 300
 # Of y and the gradients of w, u, k, v. Where one token outweighs all others, y_t is its v, and the gradients of w and k
@@ -83,3 +88,31 @@ def test_the_largest_floats_stay_finite(name, value, device):
     assert y.isfinite().all()
     if name != 'v':  # there gradients of the other inputs are as large as v
         assert all(g.isfinite().all() for g in torch.autograd.grad(y.sum(), leaves))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_wkv6_forgets_everything_at_once(device):
+    """exp(w) underflows in float32 for some tokens, up to w = -8000."""
+    given = wkv6_inputs(1, 70, 2, 16, slow=3, fast=9)
+    assert_equals_definition('wkv6', wkv6, given, torch.float32, device)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs the C library that fills new memory on request')
+def test_no_scratch_memory_is_read_before_it_is_written():
+    """The C library fills the memory of kernels with one byte. Whichever it is, the results have the same bits."""
+    code = """
+import sys, torch
+sys.path.insert(0, 'tests/ops')
+from op_cases import OPERATORS, bi_wkv_inputs, gradients, wkv6_inputs
+for name, inputs in ('bi_wkv', bi_wkv_inputs(2, 600, 37)), ('wkv6', wkv6_inputs(2, 70, 3, 40)):
+    y, grads = gradients(OPERATORS[name], {x: t.float() for x, t in inputs.items()})
+    print([x.view(torch.int32).long().sum().item() for x in (y, *grads)])
+"""
+    root = Path(__file__).resolve().parents[2]
+    outputs = []
+    for byte in ('1', '128', '200'):
+        env = os.environ | {'PYTHONPATH': str(root), 'MALLOC_PERTURB_': byte}
+        done = subprocess.run([sys.executable, '-c', code], cwd=root, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0].count('[') == 2 and len(set(outputs)) == 1, outputs
