@@ -1,0 +1,283 @@
+// What the Bi-WKV kernels share: a tile's place, its way into shared memory, and the sums that tiles leave for others.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "bi_wkv/bi_wkv_cuda.h"
+
+namespace bi_wkv {
+
+constexpr int kLanes = 16;  // channels of a tile: 64 bytes of a token in float32
+constexpr int kRow = 16;    // tokens of a thread, in registers
+constexpr int kGroup = 4;   // tokens between two kept states of a thread's scan; the others are made again
+// Rows of a tile at most: where a tile is a whole sequence, and where sequences are cut into several. The smaller tiles
+// are, the less blocks wait for their own threads; the larger, the more sequences take one kernel only.
+constexpr int kMaxRows = 16, kMaxRowsOfMany = 8;
+template <bool kMany>
+constexpr int kMaxThreads = kLanes * (kMany ? kMaxRowsOfMany : kMaxRows);
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+
+enum Phase { kForwardSums, kAdjointSums };
+
+// Division by a number that the host knows, for dividends below 2^31.
+struct Divisor {
+    unsigned by, magic, shift;
+
+    static Divisor make(int64_t by) {
+        unsigned shift = 0;
+        while ((int64_t(1) << shift) < by) ++shift;
+        const int64_t rest = (int64_t(1) << shift) - by;
+        return {static_cast<unsigned>(by), static_cast<unsigned>((rest << 32) / by + 1), shift};
+    }
+
+    __device__ unsigned divide(unsigned x) const { return (__umulhi(x, magic) + x) >> shift; }
+};
+
+// Two sums times exp(-m), with m an exponent near that of their largest term. In base e multiples of a float32 decay
+// are exact in double, however large; the fast path's own exponents are in base 2.
+struct State {
+    double m, x, y;
+};
+
+// The arguments of a kernel.
+struct Problem {
+    Call call;
+    Plan plan;
+    unsigned tiles, tokens, channels, token_bytes;
+    int chunk_tokens;
+    bool vectors;  // k, v and gy lie such that 16 bytes of a token can be copied at once
+    Divisor by_slices, by_chunks;
+    State* sums;  // (phase, sample, chunk, slice, side, kLanes): what a chunk sends, then what it gets; chunks > 1
+    float* references;  // (sample, chunk, slice, kLanes): what a tile's weights are relative to, NaN for the exact path
+    void* partials;     // (sample, chunk, slice, 2, kLanes): a tile's gw and gu; backward only
+};
+
+__device__ inline float to_real(float x) { return x; }
+__device__ inline double to_real(double x) { return x; }
+__device__ inline float to_real(__half x) { return __half2float(x); }
+__device__ inline float to_real(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ inline void store(float* to, float x) { *to = x; }
+__device__ inline void store(__half* to, float x) { *to = __float2half_rn(x); }
+__device__ inline void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ inline void store(float* to, double x) { *to = static_cast<float>(x); }
+__device__ inline void store(double* to, double x) { *to = x; }
+__device__ inline void store(__half* to, double x) { *to = __double2half(x); }
+__device__ inline void store(__nv_bfloat16* to, double x) { *to = __double2bfloat16(x); }
+
+template <typename T>
+constexpr bool kExactOnly = std::is_same_v<T, double>;
+template <typename T>
+using SumType = std::conditional_t<kExactOnly<T>, double, float>;
+
+// Real float: the parameter is not float64 (bi_wkv_cuda.cu runs such calls in float64).
+template <typename Real>
+__device__ inline Real load_parameter(const void* x, Dtype type, int64_t i) {
+    switch (type) {
+        case Dtype::kBFloat16:
+            return to_real(static_cast<const __nv_bfloat16*>(x)[i]);
+        case Dtype::kFloat16:
+            return to_real(static_cast<const __half*>(x)[i]);
+        case Dtype::kFloat64:
+            if constexpr (std::is_same_v<Real, double>) return static_cast<const double*>(x)[i];
+        default:
+            return static_cast<const float*>(x)[i];
+    }
+}
+
+__device__ inline void store_parameter(void* x, Dtype type, int64_t i, double value) {
+    switch (type) {
+        case Dtype::kFloat32:
+            return store(static_cast<float*>(x) + i, value);
+        case Dtype::kBFloat16:
+            return store(static_cast<__nv_bfloat16*>(x) + i, value);
+        case Dtype::kFloat16:
+            return store(static_cast<__half*>(x) + i, value);
+        default:
+            return store(static_cast<double*>(x) + i, value);
+    }
+}
+
+// 2^x and 1/x to about 1e-7 in one instruction; results below 1e-38 become zero.
+__device__ inline float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ inline char* shared_memory() {
+    extern __shared__ __align__(16) char bi_wkv_shared[];
+    return bi_wkv_shared;
+}
+
+// With programmatic launches (compute capability 9.0 on) a kernel may start while the one before it in the stream still
+// runs, once all blocks of that one have allowed it. It reads what that kernel writes only after waiting for its end.
+__device__ inline void allow_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    allow_next_kernel();
+}
+
+// A tile is rows * kRow tokens of kLanes channels of one sample; a thread has kRow tokens of one channel in it.
+__device__ inline int this_row() { return threadIdx.x / kLanes; }
+__device__ inline int this_lane() { return threadIdx.x % kLanes; }
+constexpr unsigned kAllLanes = (1u << kLanes) - 1;
+__device__ inline bool has_lane(unsigned lanes) { return lanes >> this_lane() & 1; }
+
+struct Tile {
+    unsigned sample, slice;
+    int chunk, in_chunk;  // in_chunk: tokens of the chunk that exist
+    int64_t at;           // offset of the chunk's first token and the slice's first channel
+
+    // Tokens that exist from the thread's first one on: below 1, none of its tokens exist. Not clamped to 0..kRow:
+    // ptxas 13.0 for sm_90 then gets "== kRow" wrong (VIMNMX.RELU with a predicate).
+    __device__ int left() const { return in_chunk - this_row() * kRow; }
+    __device__ unsigned channel() const { return slice * kLanes + this_lane(); }
+};
+
+// Neighbouring tiles are neighbouring slices of the same tokens, which share lines of memory.
+__device__ inline Tile locate(const Problem& p, unsigned number) {
+    Tile t;
+    const unsigned chunk = p.by_slices.divide(number);  // of all samples
+    t.slice = number - chunk * p.by_slices.by;
+    t.sample = p.by_chunks.divide(chunk);
+    t.chunk = static_cast<int>(chunk - t.sample * p.by_chunks.by);
+    const unsigned token = t.chunk * p.chunk_tokens;
+    t.in_chunk = static_cast<int>(min(unsigned(p.chunk_tokens), p.tokens - token));
+    t.at = static_cast<int64_t>((uint64_t(t.sample) * p.tokens + token) * p.channels + t.slice * kLanes);
+    return t;
+}
+
+// The offset of the thread's first token, for channels that exist.
+__device__ inline int64_t row_offset(const Problem& p, const Tile& t) {
+    return t.at + this_lane() + uint64_t(this_row() * kRow) * p.channels;
+}
+
+// A pointer `tokens` further; within a tile 32 bits hold the distance (bi_wkv_cuda.cu checks the channels).
+template <typename T>
+__device__ inline T* offset_by(T* from, unsigned tokens, unsigned token_bytes) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(from) + uint64_t(tokens) * token_bytes);
+}
+
+__device__ inline int64_t tile_index(const Problem& p, const Tile& t) {
+    return (int64_t(t.sample) * p.plan.chunks + t.chunk) * p.plan.slices + t.slice;
+}
+
+// Of the tile and this lane. side 0: from the tokens on the left to those on the right; side 1: the other way.
+__device__ inline State* tile_sums(const Problem& p, const Tile& t, Phase phase, int side) {
+    const int64_t index = int64_t(phase) * p.tiles + tile_index(p, t);
+    return p.sums + (index * 2 + side) * kLanes + this_lane();
+}
+
+__device__ inline float* tile_reference(const Problem& p, const Tile& t) {
+    return p.references + tile_index(p, t) * kLanes + this_lane();
+}
+
+// One tensor's tile in shared memory: rows of kRow tokens, and the space of one more, which keeps the two rows that a
+// warp reads in different banks.
+template <typename T>
+struct Staged {
+    static constexpr int kToken = kLanes * sizeof(T), kRowBytes = (kRow + 1) * kToken;
+    char* base;
+
+    __device__ T* at(int row, int token) const { return reinterpret_cast<T*>(base + row * kRowBytes + token * kToken); }
+};
+
+// shared: an address within the shared memory.
+__device__ inline void copy_16_bytes(uint32_t shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A thread's part in copying tiles: one piece of as many tokens as a token has pieces.
+template <typename T>
+struct CopyPart {
+    static constexpr int kPieces = Staged<T>::kToken / 16, kInPiece = 16 / sizeof(T);
+    static constexpr int kGroupBytes = kPieces * Staged<T>::kToken, kGroupsInBanks = kGroupBytes < 128 ? 2 : 1;
+    int first, in_token,
+        channels;    // the first token; the piece's first channel in the slice; those that exist from it on
+    int64_t offset;  // of the first token's piece in a tensor
+
+    __device__ CopyPart(const Problem& p, const Tile& t) {
+        first = threadIdx.x / kPieces * kPieces;
+        in_token = threadIdx.x % kPieces * kInPiece;
+        channels = static_cast<int>(p.channels - t.slice * kLanes) - in_token;
+        offset = t.at + (uint64_t(first) * p.channels + in_token);
+    }
+
+    // Whether all of it exists and lies such that it can be copied at once.
+    __device__ bool is_plain(const Problem& p, const Tile& t) const {
+        return p.vectors && channels > 0 && first + kPieces <= t.in_chunk;
+    }
+
+    __device__ T* target(Staged<T> to) const { return to.at(first / kRow, first % kRow) + in_token; }
+
+    __device__ void start(Staged<T> to, const void* from, const Problem& p) const {
+        // Every other group of threads takes its tokens in pairs the other way round: the eight threads that write to
+        // shared memory at a time then write to different banks.
+        const int swap = threadIdx.x / (kPieces * kGroupsInBanks) % 2;
+        const T* source = static_cast<const T*>(from) + offset;
+        const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(target(to)));
+#pragma unroll
+        for (int i = 0; i < kPieces; ++i) {
+            copy_16_bytes(at + (i ^ swap) * Staged<T>::kToken, offset_by(source, i ^ swap, p.token_bytes));
+        }
+    }
+
+    // One number at a time. Channels that do not exist become zeros, and so do tokens, unless they are keys: those get
+    // so low that they weigh nothing.
+    template <bool kKeys>
+    __device__ void copy(Staged<T> to, const void* from, const Problem& p, const Tile& t) const {
+        const T* source = static_cast<const T*>(from) + offset;
+        T* at = target(to);
+        T zero, lowest;
+        store(&zero, 0.0f);
+        store(&lowest, !kKeys ? 0.0f : std::is_same_v<T, __half> ? -65504.0f : -3e38f);
+#pragma unroll 1
+        for (int i = 0; i < kPieces; ++i) {
+            const bool here = first + i < t.in_chunk;
+#pragma unroll 1
+            for (int j = 0; j < kInPiece; ++j) {
+                at[i * kLanes + j] = !here ? lowest : j < channels ? offset_by(source, i, p.token_bytes)[j] : zero;
+            }
+        }
+    }
+};
+
+// The sum over the tile's rows of each thread's gw and gu, in a fixed order, to the tile's place in partials; of the
+// lanes whose bits are set. Uses the start of the shared memory.
+template <typename Sum>
+__device__ inline void store_partials(const Problem& p, const Tile& t, Sum gw, Sum gu, unsigned lanes) {
+    Sum* all = reinterpret_cast<Sum*>(shared_memory());
+    __syncthreads();
+    all[2 * threadIdx.x] = gw;
+    all[2 * threadIdx.x + 1] = gu;
+    __syncthreads();
+    const int64_t tile = tile_index(p, t);
+    for (int which = this_row(); which < 2; which += p.plan.rows) {  // row 0 sums gw, row 1 gu; a tile of one row both
+        Sum sum = 0;
+        for (int row = 0; row < p.plan.rows; ++row) sum += all[2 * (row * kLanes + this_lane()) + which];
+        if (has_lane(lanes)) static_cast<Sum*>(p.partials)[(tile * 2 + which) * kLanes + this_lane()] = sum;
+    }
+}
+
+}  // namespace bi_wkv

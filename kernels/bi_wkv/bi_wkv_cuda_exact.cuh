@@ -1,0 +1,214 @@
+// The exact path: token by token in double, every sum beside its own exponent. Right for any finite input; it serves
+// those channels of a tile whose numbers the fast path's range does not hold, and all of float64.
+#pragma once
+
+#include <cmath>
+
+#include "bi_wkv/bi_wkv_cuda_common.cuh"
+
+namespace bi_wkv {
+
+__device__ inline State empty_state() { return {-INFINITY, 0, 0}; }
+
+__device__ inline State merge(const State& a, const State& b) {
+    const double top = fmax(a.m, b.m);
+    if (top == -INFINITY) return a;
+    const double of_a = exp(a.m - top), of_b = exp(b.m - top);
+    return {top, of_a * a.x + of_b * b.x, of_a * a.y + of_b * b.y};
+}
+
+// The sums as seen from further away.
+__device__ inline State decayed(const State& s, double decay) { return {s.m - decay, s.x, s.y}; }
+
+struct ExactRow {
+    double w, u;
+    int valid;
+    bool mine;  // whether this lane is to be done
+};
+
+// The sums of a row's tokens as seen right behind it (side 0) and right before it (side 1).
+template <typename Term>
+__device__ inline void row_sums(const ExactRow& row, Term term, State (&sums)[2]) {
+    sums[0] = sums[1] = empty_state();
+    for (int j = 0; j < row.valid; ++j) sums[0] = merge(decayed(sums[0], row.w), term(j));
+    for (int j = row.valid - 1; j >= 0; --j) sums[1] = merge(decayed(sums[1], row.w), term(j));
+    // Rows that are cut short end at the last token: what is right behind them is further away.
+    sums[0] = decayed(sums[0], row.valid > 0 ? (kRow - row.valid) * row.w : 0);
+}
+
+// Shares the rows' sums; afterwards one thread for each side and lane calls `use` with that side and lane's first row.
+template <typename Use>
+__device__ inline void share_rows(const Problem& p, const ExactRow& row, const State (&sums)[2], Use use) {
+    State* shared = reinterpret_cast<State*>(shared_memory());
+    const int rows = p.plan.rows, threads = rows * kLanes;
+    __syncthreads();
+    for (int side = 0; side < 2; ++side) shared[side * threads + threadIdx.x] = sums[side];
+    __syncthreads();
+    for (int side = this_row(); side < 2 && row.mine; side += rows) use(side, shared + side * threads + this_lane());
+    __syncthreads();
+}
+
+// Leaves the tile's sums for the other tiles.
+__device__ inline void exact_publish(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
+                                     const State (&sums)[2]) {
+    const int rows = p.plan.rows;
+    share_rows(p, row, sums, [&](int side, const State* of_rows) {
+        State all = empty_state();
+        for (int i = 0; i < rows; ++i) {
+            all = merge(decayed(all, kRow * row.w), of_rows[(side == 0 ? i : rows - 1 - i) * kLanes]);
+        }
+        *tile_sums(p, t, phase, side) = all;
+    });
+}
+
+// Turns the sums of each row into what all other rows of the sequence send: sums[0] from the left, sums[1] from the
+// right.
+__device__ inline void exact_exchange(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
+                                      State (&sums)[2]) {
+    const int rows = p.plan.rows;
+    share_rows(p, row, sums, [&](int side, State* of_rows) {
+        State in = p.plan.chunks > 1 ? *tile_sums(p, t, phase, side) : empty_state();
+        for (int i = 0; i < rows; ++i) {
+            State* place = of_rows + (side == 0 ? i : rows - 1 - i) * kLanes;
+            const State own = *place;
+            *place = in;
+            in = merge(decayed(in, kRow * row.w), own);
+        }
+    });
+    const State* shared = reinterpret_cast<const State*>(shared_memory());
+    for (int side = 0; side < 2; ++side) sums[side] = shared[side * rows * kLanes + threadIdx.x];
+}
+
+__device__ inline ExactRow exact_row(const Problem& p, const Tile& t, unsigned lanes) {
+    const unsigned channel = min(t.channel(), p.channels - 1);
+    return {load_parameter<double>(p.call.w, p.call.w_type, channel),
+            load_parameter<double>(p.call.u, p.call.u_type, channel),
+            t.channel() < p.channels && has_lane(lanes) ? max(0, min(kRow, t.left())) : 0, has_lane(lanes)};
+}
+
+// y and the logarithm of its denominator, from the sums on both sides and the token itself.
+__device__ inline double exact_output(const State& before, const State& after, const State& own, double* log_sum) {
+    const State all = merge(merge(before, after), own);
+    *log_sum = all.m + log(all.y);
+    return all.x / all.y;
+}
+
+// What a token's key and value add to the sums.
+template <typename T>
+struct KeyValue {
+    const T *k, *v;
+    int64_t stride;
+
+    __device__ State operator()(int j) const {
+        return {static_cast<double>(to_real(k[j * stride])), static_cast<double>(to_real(v[j * stride])), 1};
+    }
+};
+
+template <typename T>
+__device__ inline KeyValue<T> key_value(const Problem& p, const Tile& t) {
+    return {static_cast<const T*>(p.call.k) + row_offset(p, t), static_cast<const T*>(p.call.v) + row_offset(p, t),
+            p.call.channels};
+}
+
+// The sums before and after each of a row's tokens, from what the other rows send.
+template <typename Term>
+__device__ inline void exact_scan(const ExactRow& row, Term term, const State (&sums)[2], State* before, State* after) {
+    State from_left = sums[0], from_right = sums[1];
+    for (int j = row.valid - 1; j >= 0; --j) {
+        after[j] = from_right;
+        from_right = merge(decayed(from_right, row.w), term(j));
+    }
+    for (int j = 0; j < row.valid; ++j) {
+        before[j] = from_left;
+        from_left = merge(decayed(from_left, row.w), term(j));
+    }
+}
+
+// The functions below do the lanes of a tile whose bits are set; they are functions of their own so that the fast path
+// keeps its registers.
+
+template <typename T>
+__device__ __noinline__ void exact_sums(const Problem& p, unsigned number, unsigned lanes) {
+    const Tile t = locate(p, number);
+    const ExactRow row = exact_row(p, t, lanes);
+    State sums[2];
+    row_sums(row, key_value<T>(p, t), sums);
+    exact_publish(p, t, row, kForwardSums, sums);
+    if (this_row() == 0 && row.mine) *tile_reference(p, t) = NAN;
+}
+
+template <typename T>
+__device__ __noinline__ void exact_outputs(const Problem& p, unsigned number, unsigned lanes) {
+    const Tile t = locate(p, number);
+    const ExactRow row = exact_row(p, t, lanes);
+    const KeyValue<T> term = key_value<T>(p, t);
+    State sums[2], before[kRow], after[kRow];
+    row_sums(row, term, sums);
+    exact_exchange(p, t, row, kForwardSums, sums);
+    exact_scan(row, term, sums, before, after);
+    T* y = static_cast<T*>(p.call.y) + row_offset(p, t);
+    for (int j = 0; j < row.valid; ++j) {
+        const State own = term(j);
+        double log_sum;
+        store(y + j * p.call.channels, exact_output(before[j], after[j], {own.m + row.u, own.x, own.y}, &log_sum));
+    }
+}
+
+// The forward again, and what its adjoint scan takes: keys -log_sum, sums of gy and -gy y (README.md).
+template <typename T>
+struct ExactAdjoint {
+    State before[kRow], after[kRow], adjoint[kRow], sums[2];
+
+    __device__ ExactAdjoint(const Problem& p, const Tile& t, const ExactRow& row) {
+        const KeyValue<T> term = key_value<T>(p, t);
+        row_sums(row, term, sums);
+        exact_exchange(p, t, row, kForwardSums, sums);
+        exact_scan(row, term, sums, before, after);
+        const T* gy = static_cast<const T*>(p.call.gy) + row_offset(p, t);
+        for (int j = 0; j < row.valid; ++j) {
+            const State own = term(j);
+            double log_sum;
+            const double y = exact_output(before[j], after[j], {own.m + row.u, own.x, own.y}, &log_sum);
+            const double g = to_real(gy[j * p.call.channels]);
+            adjoint[j] = {-log_sum, g, -g * y};
+        }
+        row_sums(row, [this](int j) { return adjoint[j]; }, sums);
+    }
+};
+
+template <typename T>
+__device__ __noinline__ void exact_adjoint_sums(const Problem& p, unsigned number, unsigned lanes) {
+    const Tile t = locate(p, number);
+    const ExactRow row = exact_row(p, t, lanes);
+    const ExactAdjoint<T> x(p, t, row);
+    exact_publish(p, t, row, kAdjointSums, x.sums);
+}
+
+template <typename T>
+__device__ __noinline__ void exact_gradients(const Problem& p, unsigned number, unsigned lanes) {
+    const Tile t = locate(p, number);
+    const ExactRow row = exact_row(p, t, lanes);
+    const KeyValue<T> term = key_value<T>(p, t);
+    ExactAdjoint<T> x(p, t, row);
+    exact_exchange(p, t, row, kAdjointSums, x.sums);
+    State lefts[kRow], rights[kRow];
+    exact_scan(row, [&](int j) { return x.adjoint[j]; }, x.sums, lefts, rights);
+    const int64_t stride = p.call.channels;
+    T* gk = static_cast<T*>(p.call.gk) + row_offset(p, t);
+    T* gv = static_cast<T*>(p.call.gv) + row_offset(p, t);
+    double gw = 0, gu = 0;
+    for (int j = 0; j < row.valid; ++j) {
+        const State &left = lefts[j], &right = rights[j], &before = x.before[j], &after = x.after[j], token = term(j);
+        const double from_left = exp(token.m + left.m), from_right = exp(token.m + right.m), v = token.x;
+        const double weight = exp(token.m + row.u + x.adjoint[j].m);
+        const double own = weight * (x.adjoint[j].x * v + x.adjoint[j].y);
+        store(gv + j * stride, from_left * left.x + from_right * right.x + weight * x.adjoint[j].x);
+        store(gk + j * stride, from_left * (left.x * v + left.y) + from_right * (right.x * v + right.y) + own);
+        gu += own;
+        gw -= exp(before.m + right.m - row.w) * (before.x * right.x + before.y * right.y) +
+              exp(after.m + left.m - row.w) * (after.x * left.x + after.y * left.y);
+    }
+    store_partials(p, t, static_cast<SumType<T>>(gw), static_cast<SumType<T>>(gu), lanes);
+}
+
+}  // namespace bi_wkv
