@@ -152,9 +152,9 @@ def _save_residual(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _residual_grad(ctx, g: Tensor | None, _) -> tuple:
     if g is None:
         return (None,) * 9
-    has = [x is not None for x in ctx.saved_tensors]
-    grads = torch.ops.vision_rwkv.residual_backward(g, *ctx.saved_tensors, ctx.eps)
-    return g, *(x if given else None for x, given in zip(grads, has, strict=False)), None, None, None
+    saved = ctx.saved_tensors  # z, gate, weight, bias, gamma, scale
+    grads = torch.ops.vision_rwkv.residual_backward(g, *saved, ctx.eps)
+    return g, *(None if x is None else grad for x, grad in zip(saved, grads, strict=False)), None, None, None
 
 
 _PARTS = 'Tensor z, Tensor? gate, Tensor? weight, Tensor? bias, Tensor? gamma, Tensor? scale, float eps'
