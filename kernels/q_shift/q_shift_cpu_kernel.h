@@ -1,6 +1,9 @@
 // Q-Shift on runs of rows; included once for each vector width by simd_variants.h. The loops over channels have no
 // branches, so that the compiler turns them into vectors.
 
+using vision_rwkv::QShiftArgs;
+using vision_rwkv::Segment;
+
 // The row `row` normalised into unit, and with weight and bias into n; both are x without a norm.
 template <typename Real>
 VRWKV_INLINE void read_row(const QShiftArgs<Real>& args, int64_t row, int64_t begin, int64_t end, Real* __restrict unit,
