@@ -144,15 +144,20 @@ def _residual_fake(x, z, gate, weight, bias, gamma, scale, eps, stats_eps):
 
 
 def _save_residual(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[1:7])
-    ctx.eps = inputs[7]
+    _, z, gate, weight, bias, gamma, scale, ctx.eps, _ = inputs
+    ctx.plain = gate is None and weight is None and gamma is None
+    ctx.dtype = z.dtype
+    ctx.save_for_backward(*((scale,) if ctx.plain else (z, gate, weight, bias, gamma, scale)))
     ctx.set_materialize_grads(False)
 
 
 def _residual_grad(ctx, g: Tensor | None, _) -> tuple:
     if g is None:
         return (None,) * 9
-    saved = ctx.saved_tensors  # z, gate, weight, bias, gamma, scale
+    saved = ctx.saved_tensors
+    if ctx.plain:
+        gz = g if saved[0] is None else g * _per_sample(saved[0], g.dtype)
+        return g, gz.to(ctx.dtype), *[None] * 7
     grads = torch.ops.vision_rwkv.residual_backward(g, *saved, ctx.eps)
     return g, *(None if x is None else grad for x, grad in zip(saved, grads, strict=False)), None, None, None
 
