@@ -44,17 +44,14 @@ struct Input {
 
 void check(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, const MaybeTensor& weight,
            const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width, int64_t pixels,
-           at::IntArrayRef borders, int64_t heads) {
+           double gamma, int64_t heads) {
     TORCH_CHECK(x.dim() == 3, "q_shift: x must have shape (B, T, C), got ", x.sizes());
     TORCH_CHECK(height >= 0 && width >= 0 && height * width <= x.size(1), "q_shift: x must have at least ", height,
                 " * ", width, " tokens, got ", x.size(1));
     TORCH_CHECK(heads > 0 && x.size(2) % heads == 0, "q_shift: the ", x.size(2),
                 " channels must be a multiple of the heads, got ", heads);
-    TORCH_CHECK(borders.size() == 4 && pixels >= 0, "q_shift: expected 4 borders and a distance of at least 0");
-    for (size_t i = 0; i < 4; ++i) {
-        TORCH_CHECK(borders[i] >= (i ? borders[i - 1] : 0) && borders[i] <= x.size(2) / heads,
-                    "q_shift: the borders must ascend to at most ", x.size(2) / heads, ", got ", borders);
-    }
+    TORCH_CHECK(gamma >= 0 && gamma <= 0.25 && pixels >= 0,
+                "q_shift: gamma must be in [0, 1/4] and pixels at least 0, got ", gamma, " and ", pixels);
     TORCH_CHECK(!mixes.empty(), "q_shift: expected at least one mix");
     for (const Tensor& mix : mixes) {
         TORCH_CHECK(mix.numel() == x.size(2), "q_shift: a mix must have ", x.size(2), " values, got ", mix.sizes());
@@ -71,13 +68,14 @@ void check(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, cons
     }
 }
 
-std::vector<Segment> segments(int64_t channels, int64_t pixels, at::IntArrayRef borders, int64_t heads) {
+std::vector<Segment> segments(int64_t channels, int64_t pixels, double gamma, int64_t heads) {
     const int64_t dim = channels / heads;
     const int64_t steps[5][2] = {{0, -pixels}, {0, pixels}, {-pixels, 0}, {pixels, 0}, {0, 0}};
     std::vector<Segment> out;
     for (int64_t head = 0; head < heads; ++head) {
         for (int part = 0; part < 5; ++part) {
-            const int64_t begin = part ? borders[part - 1] : 0, end = part < 4 ? borders[part] : dim;
+            const auto border = [&](int j) { return j < 5 ? static_cast<int64_t>(dim * gamma * j) : dim; };
+            const int64_t begin = border(part), end = border(part + 1);
             if (begin < end) out.push_back({head * dim + begin, head * dim + end, steps[part][0], steps[part][1]});
         }
     }
@@ -107,13 +105,13 @@ at::ScalarType sums_dtype(const Tensor& x, const MaybeTensor& other) {
 
 Tensor forward(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, const MaybeTensor& weight,
                const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width, int64_t pixels,
-               at::IntArrayRef borders, int64_t heads, at::ScalarType dtype) {
-    check(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+               double gamma, int64_t heads, at::ScalarType dtype) {
+    check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     const Input in(x, mixes, delta, weight, bias, stats, sums_dtype(x, delta));
     Tensor out = at::empty({static_cast<int64_t>(mixes.size()), x.size(0), x.size(1), x.size(2)},
                            x.options().dtype(in.dtype));
     if (x.numel() > 0) {
-        const std::vector<Segment> parts = segments(x.size(2), pixels, borders, heads);
+        const std::vector<Segment> parts = segments(x.size(2), pixels, gamma, heads);
         for_real(in.dtype, [&](auto real) {
             using Real = decltype(real);
             Call<Real> call(in, parts, height, width);
@@ -131,8 +129,8 @@ using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Five backward(const Tensor& g, const Tensor& x, at::TensorList mixes, const MaybeTensor& delta,
               const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats, int64_t height,
-              int64_t width, int64_t pixels, at::IntArrayRef borders, int64_t heads) {
-    check(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+              int64_t width, int64_t pixels, double gamma, int64_t heads) {
+    check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     const int64_t count = static_cast<int64_t>(mixes.size()), channels = x.size(2), rows = x.size(0) * x.size(1);
     TORCH_CHECK(g.dim() == 4 && g.size(0) == count && g.sizes().slice(1) == x.sizes(),
                 "q_shift: the gradient must have shape (mixes, B, T, C), got ", g.sizes());
@@ -143,7 +141,7 @@ Five backward(const Tensor& g, const Tensor& x, at::TensorList mixes, const Mayb
     Tensor sums = at::zeros({std::min(kRuns, std::max<int64_t>(rows, 1)), count + 2, channels}, options);
     if (x.numel() > 0) {
         const Tensor grad = prepared(g, in.dtype);
-        const std::vector<Segment> parts = segments(channels, pixels, borders, heads);
+        const std::vector<Segment> parts = segments(channels, pixels, gamma, heads);
         for_real(in.dtype, [&](auto real) {
             using Real = decltype(real);
             Call<Real> call(in, parts, height, width);

@@ -239,7 +239,7 @@ __global__ void token_stats(int rows, int channels, float eps, const X* x, float
 struct Input {
     Input(const Tensor& x_, at::TensorList mixes_, const MaybeTensor& delta_, const MaybeTensor& weight_,
           const MaybeTensor& bias_, const MaybeTensor& stats_, int64_t height, int64_t width, int64_t pixels,
-          at::IntArrayRef borders, int64_t heads)
+          double gamma, int64_t heads)
         : x(aligned(x_)), weight(parameter(weight_)), bias(parameter(bias_)), stats(parameter(stats_)) {
         if (delta_ && delta_->defined()) delta = aligned(*delta_);
         const int64_t channels = x.size(2), dim = channels / heads;
@@ -251,8 +251,8 @@ struct Input {
                            static_cast<int>(clipped), static_cast<int>(dim), {}};
         vectors = dim % 4 == 0;
         for (int i = 0; i < 4; ++i) {
-            args.place.borders[i] = static_cast<int>(borders[i]);
-            vectors = vectors && borders[i] % 4 == 0;
+            args.place.borders[i] = static_cast<int>(dim * gamma * (i + 1));
+            vectors = vectors && args.place.borders[i] % 4 == 0;
         }
         for (size_t i = 0; i < mixes_.size(); ++i) {
             mixes[i] = parameter(mixes_[i]);
@@ -268,13 +268,14 @@ struct Input {
 
 void check(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, const MaybeTensor& weight,
            const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width, int64_t pixels,
-           at::IntArrayRef borders, int64_t heads) {
+           double gamma, int64_t heads) {
     TORCH_CHECK(x.dim() == 3, "q_shift: x must have shape (B, T, C), got ", x.sizes());
     TORCH_CHECK(height >= 0 && width >= 0 && height * width <= x.size(1), "q_shift: x must have at least ", height,
                 " * ", width, " tokens, got ", x.size(1));
     TORCH_CHECK(heads > 0 && x.size(2) % heads == 0, "q_shift: the ", x.size(2),
                 " channels must be a multiple of the heads, got ", heads);
-    TORCH_CHECK(borders.size() == 4 && pixels >= 0, "q_shift: expected 4 borders and a distance of at least 0");
+    TORCH_CHECK(gamma >= 0 && gamma <= 0.25 && pixels >= 0,
+                "q_shift: gamma must be in [0, 1/4] and pixels at least 0, got ", gamma, " and ", pixels);
     TORCH_CHECK(!mixes.empty(), "q_shift: expected at least one mix");
     const auto per_channel = [&](const Tensor& p) {
         TORCH_CHECK(p.numel() == x.size(2) && p.device() == x.device(), "q_shift: a parameter must have ", x.size(2),
@@ -301,17 +302,17 @@ bool runs_here(const Tensor& x, at::ScalarType other, at::TensorList mixes, cons
 
 torch::jit::Stack stack_of(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, const MaybeTensor& weight,
                            const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width,
-                           int64_t pixels, at::IntArrayRef borders, int64_t heads) {
-    return {x, mixes.vec(), delta, weight, bias, stats, height, width, pixels, borders.vec(), heads};
+                           int64_t pixels, double gamma, int64_t heads) {
+    return {x, mixes.vec(), delta, weight, bias, stats, height, width, pixels, gamma, heads};
 }
 
 Tensor q_shift_cuda(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, const MaybeTensor& weight,
                     const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width, int64_t pixels,
-                    at::IntArrayRef borders, int64_t heads, at::ScalarType dtype) {
+                    double gamma, int64_t heads, at::ScalarType dtype) {
     const c10::cuda::CUDAGuard guard(x.device());
-    check(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+    check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     if (x.numel() != 0 && !runs_here(x, dtype, mixes, delta)) {
-        auto stack = stack_of(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+        auto stack = stack_of(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
         stack.emplace_back(static_cast<int64_t>(dtype));
         call_pytorch("vision_rwkv::q_shift", stack);
         return stack[0].toTensor();
@@ -319,7 +320,7 @@ Tensor q_shift_cuda(const Tensor& x, at::TensorList mixes, const MaybeTensor& de
     Tensor out = at::empty({static_cast<int64_t>(mixes.size()), x.size(0), x.size(1), x.size(2)},
                            x.options().dtype(dtype));
     if (x.numel() == 0) return out;
-    const Input in(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+    const Input in(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     for_types(x.scalar_type(), dtype, in.vectors, [&](auto token, auto result, auto vec) {
         using X = decltype(token);
         using Out = decltype(result);
@@ -347,9 +348,9 @@ Five gradients(const Tensor& gx, const Tensor& gdelta, const Tensor& columns, at
 
 Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixes, const MaybeTensor& delta,
                            const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats,
-                           int64_t height, int64_t width, int64_t pixels, at::IntArrayRef borders, int64_t heads) {
+                           int64_t height, int64_t width, int64_t pixels, double gamma, int64_t heads) {
     const c10::cuda::CUDAGuard guard(x.device());
-    check(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+    check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     TORCH_CHECK(g.dim() == 4 && g.size(0) == static_cast<int64_t>(mixes.size()) && g.sizes().slice(1) == x.sizes() &&
                     g.device() == x.device(),
                 "q_shift: the gradient must have shape (mixes, B, T, C), got ", g.sizes());
@@ -357,7 +358,7 @@ Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixe
     const bool fours = x.numel() == 0 || runs_here(x, g.scalar_type(), mixes, delta);
     const int64_t shared = sizeof(float) * (kRowBuffer + slots * channels);  // for one row at a time
     if (x.numel() != 0 && (!fours || shared > kMaxShared)) {
-        auto stack = stack_of(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+        auto stack = stack_of(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
         stack.insert(stack.begin(), g);
         call_pytorch("vision_rwkv::q_shift_backward", stack);
         return Five(stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor(),
@@ -367,7 +368,7 @@ Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixe
     const Tensor gdelta = delta ? at::empty(g.sizes(), g.options()) : at::empty({0}, x.options());
     const Tensor columns = new_floats(x, {slots, channels});
     if (x.numel() == 0) return gradients(gx, gdelta, columns.zero_(), mixes, weight, bias);
-    const Input in(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads);
+    const Input in(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     const Tensor grad = aligned(g);
     for_types(x.scalar_type(), g.scalar_type(), in.vectors, [&](auto token, auto result, auto vec) {
         using X = decltype(token);

@@ -46,10 +46,10 @@ def test_opcheck(dtype, device):
     a, b, weight, bias = (torch.rand(128, device=device, requires_grad=True) for _ in range(4))
     map_ = torch.randn(128, 128, dtype=dtype, device=device, requires_grad=True)
     stats = torch.ops.vision_rwkv.norm_stats(x.detach(), 1e-5)
-    where = (3, 4, 1, [16, 32, 48, 64], 2)
+    where = (3, 4, 1, 0.25, 2)
     calls = {
         'q_shift': (x, [a, b], None, weight, bias, stats, *where, dtype),
-        'mix_linear': (x, [a, b], [map_, map_], weight, bias, stats, *where),
+        'mix_linear': (x, [a, b], [map_, map_], weight, bias, stats, 1e-5, *where, dtype),
         'gated_linear': (x, y, map_),
         'squared_relu_linear': (x, map_),
         'gate': (x, y),

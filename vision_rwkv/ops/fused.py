@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from vision_rwkv.ops import _checks, _native, pointwise  # noqa: F401 (registers the operators)
-from vision_rwkv.ops.q_shift import _WHERE, Norm, check_tokens, norm_arguments, place
+from vision_rwkv.ops.q_shift import _WHERE, Norm, check_tokens
 
 _MIX = f'{_native.NAMESPACE}::mix_linear'
 _GATED = f'{_native.NAMESPACE}::gated_linear'
 _SQUARED = f'{_native.NAMESPACE}::squared_relu_linear'
-_ARGUMENTS = f'Tensor x, Tensor[] mixes, Tensor[] maps, Tensor? weight, Tensor? bias, Tensor? stats, {_WHERE}'
+_ARGUMENTS = 'Tensor x, Tensor[] mixes, Tensor[] maps, Tensor? weight, Tensor? bias, Tensor? stats, float eps'
+_ARGUMENTS += f', {_WHERE}, ScalarType dtype'
 
 torch.library.define(_MIX, f'({_ARGUMENTS}) -> Tensor[]')
 torch.library.define(f'{_MIX}_backward', f'(Tensor[] g, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor[], Tensor, Tensor)')
@@ -32,13 +33,13 @@ torch.library.define(f'{_SQUARED}_backward', '(Tensor g, Tensor x, Tensor map) -
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., C) @ weight (D, C)^T."""
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    torch.mm(_rows(x), weight.t(), out=_rows(out))
+    torch.mm(_rows(x), weight.to(x.dtype).t(), out=_rows(out))
     return out
 
 
 def _input_gradient(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """g (..., D) @ weight (D, C), into out (..., C)."""
-    torch.mm(_rows(g), weight, out=_rows(out))
+    torch.mm(_rows(g), weight.to(g.dtype), out=_rows(out))
     return out
 
 
@@ -54,27 +55,34 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @torch.library.impl(_MIX, 'CompositeExplicitAutograd')
-def _mix_linear(x, mixes, maps, weight, bias, stats, *where):
-    mixed = torch.ops.vision_rwkv.q_shift(x, mixes, None, weight, bias, stats, *where, maps[0].dtype)
+def _mix_linear(x, mixes, maps, weight, bias, stats, eps, *where):
+    mixed = _mixed(x, mixes, weight, bias, stats, eps, where)[0]
     return [_linear(part, m) for part, m in zip(mixed.unbind(), maps, strict=True)]
 
 
+def _mixed(x, mixes, weight, bias, stats, eps, where) -> tuple[Tensor, Tensor | None]:
+    """The inputs of the maps, and the statistics of x."""
+    if weight is not None and stats is None:
+        stats = torch.ops.vision_rwkv.norm_stats(x, eps)
+    return torch.ops.vision_rwkv.q_shift(x, mixes, None, weight, bias, stats, *where), stats
+
+
 @torch.library.impl(f'{_MIX}_backward', 'CompositeExplicitAutograd')
-def _mix_linear_backward(g, x, mixes, maps, weight, bias, stats, *where):
-    mixed = torch.ops.vision_rwkv.q_shift(x, mixes, None, weight, bias, stats, *where, maps[0].dtype)
+def _mix_linear_backward(g, x, mixes, maps, weight, bias, stats, eps, *where):
+    mixed, stats = _mixed(x, mixes, weight, bias, stats, eps, where)
     gmaps = []
     for part, grad, m in zip(mixed.unbind(), g, maps, strict=True):
-        gmaps.append(_weight_gradient(grad, part))
+        gmaps.append(_weight_gradient(grad, part).to(m.dtype))
         _input_gradient(grad, m, out=part)  # in place of the input, which is no longer needed
     gx, gmixes, _, gweight, gbias = torch.ops.vision_rwkv.q_shift_backward(
-        mixed, x, mixes, None, weight, bias, stats, *where
+        mixed, x, mixes, None, weight, bias, stats, *where[:-1]
     )
     return gx, gmixes, gmaps, gweight, gbias
 
 
 @torch.library.register_fake(_MIX)
-def _mix_linear_fake(x, mixes, maps, *_):
-    return [x.new_empty((*x.shape[:2], m.shape[0]), dtype=m.dtype) for m in maps]
+def _mix_linear_fake(x, mixes, maps, *others):
+    return [x.new_empty((*x.shape[:2], m.shape[0]), dtype=others[-1]) for m in maps]
 
 
 @torch.library.register_fake(f'{_MIX}_backward')
@@ -85,7 +93,7 @@ def _mix_linear_backward_fake(g, x, mixes, maps, weight, bias, *_):
 
 
 def _save_mix_linear(ctx, inputs: tuple, output: list[Tensor]) -> None:
-    x, mixes, maps, weight, bias, stats, *ctx.where = inputs
+    x, mixes, maps, weight, bias, stats, *ctx.how = inputs
     ctx.count = len(mixes)
     ctx.save_for_backward(x, weight, bias, stats, *mixes, *maps)
 
@@ -94,12 +102,12 @@ def _mix_linear_grad(ctx, g: list[Tensor]) -> tuple:
     x, weight, bias, stats, *others = ctx.saved_tensors
     mixes, maps = others[: ctx.count], others[ctx.count :]
     gx, gmixes, gmaps, gweight, gbias = torch.ops.vision_rwkv.mix_linear_backward(
-        g, x, mixes, maps, weight, bias, stats, *ctx.where
+        g, x, mixes, maps, weight, bias, stats, *ctx.how
     )
     gmixes = [grad.view(mix.shape) for grad, mix in zip(gmixes.unbind(), mixes, strict=True)]
     if weight is None:
         gweight = gbias = None
-    return gx, gmixes, gmaps, gweight, gbias, None, *[None] * 5
+    return gx, gmixes, gmaps, gweight, gbias, *[None] * 8
 
 
 @torch.library.impl(_GATED, 'CompositeExplicitAutograd')
@@ -110,7 +118,7 @@ def _gated_linear(r: Tensor, y: Tensor, map: Tensor) -> Tensor:
 @torch.library.impl(f'{_GATED}_backward', 'CompositeExplicitAutograd')
 def _gated_linear_backward(g: Tensor, r: Tensor, y: Tensor, map: Tensor) -> tuple[Tensor, ...]:
     x = torch.ops.vision_rwkv.gate(r, y)
-    gmap = _weight_gradient(g, x)
+    gmap = _weight_gradient(g, x).to(map.dtype)
     return *torch.ops.vision_rwkv.gate_backward(_input_gradient(g, map, out=x), r, y), gmap
 
 
@@ -132,7 +140,7 @@ def _squared_relu_linear(x: Tensor, map: Tensor) -> Tensor:
 @torch.library.impl(f'{_SQUARED}_backward', 'CompositeExplicitAutograd')
 def _squared_relu_linear_backward(g: Tensor, x: Tensor, map: Tensor) -> tuple[Tensor, Tensor]:
     squared = torch.ops.vision_rwkv.squared_relu(x)
-    gmap = _weight_gradient(g, squared)
+    gmap = _weight_gradient(g, squared).to(map.dtype)
     gsquared = _input_gradient(g, map, out=squared)
     return torch.ops.vision_rwkv.squared_relu_backward(gsquared, x), gmap
 
@@ -180,14 +188,14 @@ def mix_linear(
 ) -> list[Tensor]:
     """``q_shift(x, mixes, ...)``, each result through the linear map of its number: (B, T, C) -> (B, T, D_i).
 
-    maps: weights (D_i, C), without bias; in autocast's dtype under autocast. The shifted and mixed tokens are
+    maps: weights (D_i, C), without bias, computed with in autocast's dtype under autocast, else in that of x. The shifted and mixed tokens are
     recomputed in the backward pass. Everything else as q_shift, also what is raised.
     """
     check_tokens('mix_linear', x, mixes, hw, heads)
-    dtype = _checks.autocast_dtype(x)
-    at = place(x.shape[2], hw, pixels, gamma, heads)
-    maps = [m.to(dtype) for m in maps]
-    return torch.ops.vision_rwkv.mix_linear(x, list(mixes), maps, *norm_arguments(norm, x), *at)
+    weight, bias, eps, stats = norm or (None, None, 0.0, None)
+    return torch.ops.vision_rwkv.mix_linear(
+        x, mixes, maps, weight, bias, stats, eps, *hw, pixels, gamma, heads, _checks.autocast_dtype(x)
+    )
 
 
 def gate(r: Tensor, y: Tensor) -> Tensor:
@@ -206,7 +214,7 @@ def gated_linear(r: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     The product is recomputed in the backward pass.
     """
     dtype = _checks.autocast_dtype(y)
-    return torch.ops.vision_rwkv.gated_linear(r.to(dtype), y.to(dtype), weight.to(dtype))
+    return torch.ops.vision_rwkv.gated_linear(r.to(dtype), y.to(dtype), weight)
 
 
 def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -215,7 +223,7 @@ def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
     The square (see squared_relu) is recomputed in the backward pass.
     """
     dtype = _checks.autocast_dtype(x)
-    return torch.ops.vision_rwkv.squared_relu_linear(x.to(dtype), weight.to(dtype))
+    return torch.ops.vision_rwkv.squared_relu_linear(x.to(dtype), weight)
 
 
 def residual(

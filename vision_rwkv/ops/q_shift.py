@@ -14,7 +14,7 @@ from vision_rwkv.ops import _checks, _native
 
 _NAME = f'{_native.NAMESPACE}::q_shift'
 _STATS = f'{_native.NAMESPACE}::norm_stats'
-_WHERE = 'SymInt height, SymInt width, int pixels, int[] borders, int heads'
+_WHERE = 'SymInt height, SymInt width, int pixels, float gamma, int heads'
 _WHAT = f'Tensor x, Tensor[] mixes, Tensor? delta, Tensor? weight, Tensor? bias, Tensor? stats, {_WHERE}'
 
 torch.library.define(_NAME, f'({_WHAT}, ScalarType dtype) -> Tensor')
@@ -25,27 +25,21 @@ torch.library.define(_STATS, '(Tensor x, float eps) -> Tensor')
 
 
 class Place(NamedTuple):
-    """Which neighbour each channel takes: the size of the token map, the distance, the borders between the directions
-    within a head's channels, and the number of heads."""
+    """Which neighbour each channel takes; see `q_shift`."""
 
     height: int
     width: int
     pixels: int
-    borders: list[int]
+    gamma: float
     heads: int
-
-
-def place(channels: int, hw: tuple[int, int], pixels: int, gamma: float, heads: int) -> Place:
-    """The Place of `q_shift`'s arguments."""
-    dim = channels // heads
-    return Place(*hw, pixels, [int(dim * gamma * j) for j in range(1, 5)], heads)
 
 
 def _moved(x: Tensor, at: Place, back: bool = False) -> Tensor:
     """x (B, T, C) with every channel from its neighbour, zero beyond the border; ``back``: the transposed map."""
     batch, tokens, channels = x.shape
     dim = channels // at.heads
-    sizes = [end - start for start, end in zip([0, *at.borders], [*at.borders, dim], strict=True)]
+    borders = [int(dim * at.gamma * j) for j in range(5)]
+    sizes = [end - start for start, end in zip(borders, [*borders[1:], dim], strict=True)]
     token_map, others = x.split([at.height * at.width, tokens - at.height * at.width], 1)
     parts = token_map.reshape(batch, at.height, at.width, at.heads, dim).split(sizes, -1)
     dx, dy = min(at.pixels, at.width), min(at.pixels, at.height)
@@ -86,10 +80,10 @@ def _stats_fake(x: Tensor, eps: float) -> Tensor:
 
 
 @torch.library.impl(_NAME, 'CompositeExplicitAutograd')
-def _forward_pytorch(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads, dtype):
+def _forward_pytorch(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads, dtype):
     _native.warn_fallback(x.device)
     x = _affine(_normalised(x, stats), weight, bias)
-    xx = _moved(x, Place(height, width, pixels, borders, heads))
+    xx = _moved(x, Place(height, width, pixels, gamma, heads))
     out = x.new_empty((len(mixes), *x.shape), dtype=dtype)
     for i in range(len(mixes)):
         mix = _mix(mixes, delta, i, x.dtype)
@@ -98,8 +92,8 @@ def _forward_pytorch(x, mixes, delta, weight, bias, stats, height, width, pixels
 
 
 @torch.library.impl(f'{_NAME}_backward', 'CompositeExplicitAutograd')
-def _backward_pytorch(g, x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads):
-    at = Place(height, width, pixels, borders, heads)
+def _backward_pytorch(g, x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads):
+    at = Place(height, width, pixels, gamma, heads)
     unit = _normalised(x, stats)
     n = _affine(unit, weight, bias)
     apart = n - _moved(n, at)  # what a mix scales
@@ -130,12 +124,12 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 @torch.library.register_fake(_NAME)
-def _forward_fake(x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads, dtype):
+def _forward_fake(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads, dtype):
     return x.new_empty((len(mixes), *x.shape), dtype=dtype)
 
 
 @torch.library.register_fake(f'{_NAME}_backward')
-def _backward_fake(g, x, mixes, delta, weight, bias, stats, height, width, pixels, borders, heads):
+def _backward_fake(g, x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads):
     gdelta = _nothing(x) if delta is None else g.new_empty(g.shape)
     gmixes = mixes[0].new_empty(len(mixes), x.shape[2])
     others = [_nothing(x) if p is None else p.new_empty(p.shape) for p in (weight, bias)]
@@ -188,7 +182,8 @@ def norm_arguments(norm: Norm | None, x: Tensor) -> tuple[Tensor | None, ...]:
 
 def check_tokens(op: str, x: Tensor, mixes: Sequence[Tensor], hw: tuple[int, int], heads: int) -> None:
     """Raises TypeError or ValueError unless x (B, T, C) has the h * w tokens, the heads and the mixes of C channels."""
-    _checks.check(op, {'x': 'BTC'}, {'x': x})
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in _checks.DTYPES:
+        _checks.check(op, {'x': 'BTC'}, {'x': x})
     if x.shape[1] < hw[0] * hw[1]:
         raise ValueError(f'{op}: x must have at least {hw[0]} * {hw[1]} tokens, got {x.shape[1]}')
     if x.shape[2] % heads:
@@ -234,5 +229,5 @@ def q_shift(
         delta = delta.to(dtype)
         if delta.shape != (len(mixes), *x.shape):
             raise ValueError(f'q_shift: delta must have shape {(len(mixes), *x.shape)}, got {tuple(delta.shape)}')
-    at = place(x.shape[2], hw, pixels, gamma, heads)
-    return torch.ops.vision_rwkv.q_shift(x, list(mixes), delta, *norm_arguments(norm, x), *at, dtype)
+    parameters = norm_arguments(norm, x)
+    return torch.ops.vision_rwkv.q_shift(x, list(mixes), delta, *parameters, *hw, pixels, gamma, heads, dtype)
