@@ -28,9 +28,7 @@ inline Tensor aligned(const Tensor& x) {
 }
 
 // A parameter as the kernels take it: float32; undefined stays undefined.
-inline Tensor parameter(const MaybeTensor& x) {
-    return x && x->defined() ? aligned(x->to(at::kFloat)) : Tensor();
-}
+inline Tensor parameter(const MaybeTensor& x) { return x && x->defined() ? aligned(x->to(at::kFloat)) : Tensor(); }
 
 inline const float* floats(const Tensor& x) { return x.defined() ? x.const_data_ptr<float>() : nullptr; }
 

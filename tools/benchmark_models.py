@@ -2,8 +2,8 @@
 
 Prints a Markdown table, each line as soon as it is measured. GPU: bfloat16 autocast, medians of CUDA events after a
 warm-up, peak memory of the calls (weights included). CPU: float32, two threads, the two models in turns. A training
-step is forward and backward of the tokens' mean square. VRWKV6-T is compared with VRWKV-T, everything else with the DeiT
-of its size, whose attention is PyTorch's fused one.
+step is forward and backward of the tokens' mean square. VRWKV6-T is compared with VRWKV-T, everything else with the
+DeiT of its size, whose attention is PyTorch's fused one.
 """
 
 import argparse
@@ -264,7 +264,9 @@ def main() -> None:
     """Read the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: cpu')
-    parser.add_argument('--rows', nargs='+', choices=[*CUDA_ROWS, *SCALING, *CPU_ROWS], help='default: all of the device')
+    parser.add_argument(
+        '--rows', nargs='+', choices=[*CUDA_ROWS, *SCALING, *CPU_ROWS], help='default: all of the device'
+    )
     parser.add_argument('--passes', nargs='+', choices=['infer', 'train'], default=['infer', 'train'])
     parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES))
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')

@@ -1,5 +1,5 @@
-// The layers of vision_rwkv/ops/fused.py, on CPU and CUDA: they call the other operators and ATen's matrix products, and
-// are here so that a layer costs one call from Python. What each computes is written down there.
+// The layers of vision_rwkv/ops/fused.py, on CPU and CUDA: they call the other operators and ATen's matrix products,
+// and are here so that a layer costs one call from Python. What each computes is written down there.
 
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -91,8 +91,8 @@ struct Mix {
 };
 
 void check_counts(at::TensorList mixes, at::TensorList maps) {
-    TORCH_CHECK(mixes.size() == maps.size(), "mix_linear: expected a map for each of the ", mixes.size(), " mixes, got ",
-                maps.size());
+    TORCH_CHECK(mixes.size() == maps.size(), "mix_linear: expected a map for each of the ", mixes.size(),
+                " mixes, got ", maps.size());
 }
 
 std::vector<Tensor> mix_linear(const Tensor& x, at::TensorList mixes, at::TensorList maps, const MaybeTensor& weight,
@@ -103,7 +103,8 @@ std::vector<Tensor> mix_linear(const Tensor& x, at::TensorList mixes, at::Tensor
     mix.measure(eps);
     const Tensor mixed = mix.forward(dtype);
     std::vector<Tensor> out;
-    for (size_t i = 0; i < maps.size(); ++i) out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
+    for (size_t i = 0; i < maps.size(); ++i)
+        out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
     return out;
 }
 
@@ -130,8 +131,8 @@ Tensor gated_linear(const Tensor& r, const Tensor& y, const Tensor& map) { retur
 
 std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& g, const Tensor& r, const Tensor& y,
                                                          const Tensor& map) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>(
-        "vision_rwkv::gate_backward");
+    static const auto op =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gate_backward");
     const Tensor x = gate(r, y), gmap = map_gradient(g, x, map);
     input_gradient(g, map, x);
     const auto [gr, gy] = op.call(x, r, y);

@@ -51,7 +51,7 @@ template <typename Real>
 void residual_rows(const ResidualArgs<Real>& args, int64_t begin, int64_t end, Real* __restrict branch) {
     const int64_t channels = args.channels;
     for (int64_t row = begin; row < end; ++row) {
-        const Real *__restrict x = args.x + row * channels, *__restrict z = args.z + row * channels;
+        const Real* __restrict x = args.x + row * channels, * __restrict z = args.z + row * channels;
         Real* __restrict out = args.out + row * channels;
         if (args.gate) {
             gate_values(args.gate + row * channels, z, branch, channels);
@@ -61,7 +61,7 @@ void residual_rows(const ResidualArgs<Real>& args, int64_t begin, int64_t end, R
         if (args.weight) {
             Real mean, rstd;
             row_stats(branch, channels, args.eps, mean, rstd);
-            const Real *__restrict weight = args.weight, *__restrict bias = args.bias;
+            const Real* __restrict weight = args.weight, * __restrict bias = args.bias;
             for (int64_t c = 0; c < channels; ++c) branch[c] = (branch[c] - mean) * rstd * weight[c] + bias[c];
         }
         if (args.gamma) {

@@ -23,8 +23,9 @@ Tensor nothing(const Tensor& x) { return at::empty({0}, x.options()); }
 bool given(const MaybeTensor& x) { return x && x->defined(); }
 
 void check_same(const char* op, const Tensor& x, const Tensor& y) {
-    TORCH_CHECK(x.sizes() == y.sizes() && x.device() == y.device(), op, ": expected tensors of one shape and device, got ",
-                x.sizes(), " on ", x.device(), " and ", y.sizes(), " on ", y.device());
+    TORCH_CHECK(x.sizes() == y.sizes() && x.device() == y.device(), op,
+                ": expected tensors of one shape and device, got ", x.sizes(), " on ", x.device(), " and ", y.sizes(),
+                " on ", y.device());
 }
 
 void check_channels(const char* op, const Tensor& x, const MaybeTensor& parameter) {
@@ -33,7 +34,8 @@ void check_channels(const char* op, const Tensor& x, const MaybeTensor& paramete
                 given(parameter) ? parameter->sizes() : x.sizes());
 }
 
-// Value by value -------------------------------------------------------------------------------------------------------
+// Value by value
+// -------------------------------------------------------------------------------------------------------
 
 struct Gate {
     __device__ void operator()(const float (&in)[2], float (&out)[1]) const { out[0] = sigmoid(in[0]) * in[1]; }
@@ -119,8 +121,8 @@ bool mapped(const Function& function, const Tensor (&in)[kIn], const Tensor (&ou
         for (size_t i = 0; i < kOut; ++i) at.out[i] = mutable_data<T>(out[i]);
         const int64_t group = kBlock * (16 / sizeof(T)), blocks = (count + group - 1) / group;
         TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many values for one launch: ", count);
-        map<kIn, kOut, T><<<static_cast<int>(blocks), kBlock, 0, c10::cuda::getCurrentCUDAStream()>>>(function, at,
-                                                                                                      count);
+        map<kIn, kOut, T>
+            <<<static_cast<int>(blocks), kBlock, 0, c10::cuda::getCurrentCUDAStream()>>>(function, at, count);
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     };
     switch (in[0].scalar_type()) {
@@ -181,7 +183,8 @@ Tensor squared_relu_backward_cuda(const Tensor& g, const Tensor& x) {
     return stack[0].toTensor();
 }
 
-// Token by token -------------------------------------------------------------------------------------------------------
+// Token by token
+// -------------------------------------------------------------------------------------------------------
 
 bool rows_fit(const Tensor& x, int64_t slots) {
     return x.dim() == 3 && x.size(2) <= kMaxChannels && x.size(0) * x.size(1) <= kMaxRows &&
@@ -217,7 +220,10 @@ Tensor gradient(const Tensor& sums, int64_t slot, const Tensor& parameter) {
 struct Branch {
     Branch(const Tensor& z_, const MaybeTensor& gate_, const MaybeTensor& weight_, const MaybeTensor& bias_,
            const MaybeTensor& gamma_, const MaybeTensor& scale_, double eps)
-        : z(aligned(z_)), weight(parameter(weight_)), bias(parameter(bias_)), gamma(parameter(gamma_)),
+        : z(aligned(z_)),
+          weight(parameter(weight_)),
+          bias(parameter(bias_)),
+          gamma(parameter(gamma_)),
           scale(parameter(scale_)) {
         if (given(gate_)) gate = aligned(*gate_);
         args.rows = static_cast<int>(z.size(0) * z.size(1)), args.tokens = static_cast<int>(z.size(1));
@@ -332,7 +338,8 @@ Tensor log_decay_cuda(const Tensor& raw, const Tensor& base) {
 std::tuple<Tensor, Tensor> log_decay_backward_cuda(const Tensor& g, const Tensor& w, at::ScalarType dtype) {
     const c10::cuda::CUDAGuard guard(w.device());
     check_same("log_decay", g, w);
-    if (w.scalar_type() != at::kFloat || g.scalar_type() != at::kFloat || !has_kernel(dtype, dtype) || !rows_fit(w, 1)) {
+    if (w.scalar_type() != at::kFloat || g.scalar_type() != at::kFloat || !has_kernel(dtype, dtype) ||
+        !rows_fit(w, 1)) {
         torch::jit::Stack stack{g, w, static_cast<int64_t>(dtype)};
         call_pytorch("vision_rwkv::log_decay_backward", stack);
         return {stack[0].toTensor(), stack[1].toTensor()};
@@ -388,9 +395,9 @@ Tensor norm_gate_cuda(const Tensor& y, const Tensor& gate, const Tensor& weight,
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor& g, const Tensor& y,
-                                                                   const Tensor& gate, const Tensor& weight,
-                                                                   const Tensor& bias, int64_t heads, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor& g, const Tensor& y, const Tensor& gate,
+                                                                   const Tensor& weight, const Tensor& bias,
+                                                                   int64_t heads, double eps) {
     const c10::cuda::CUDAGuard guard(y.device());
     check_heads(y, gate, weight, bias, heads);
     check_same("norm_gate", g, y);

@@ -82,8 +82,8 @@ __global__ void residual_rows(const RowArgs args, const X* x, const Z* z, const 
 // Columns: those of weight and bias if there is a norm, then that of gamma if there is one.
 template <typename X, typename Z, int kVec>
 __global__ void __launch_bounds__(kVec == 1 ? kMaxThreads : kBlock)
-    residual_rows_backward(const RowArgs args, int rows_a_block, const X* g, const Z* z, const Z* gate, Z* gz,
-                           Z* ggate, float* part) {
+    residual_rows_backward(const RowArgs args, int rows_a_block, const X* g, const Z* z, const Z* gate, Z* gz, Z* ggate,
+                           float* part) {
     extern __shared__ float4 shared[];
     float* buffer = reinterpret_cast<float*>(shared);
     float* columns = buffer + kRowBuffer;

@@ -16,10 +16,10 @@ struct QShiftArgs {
     const Segment* segments;
     int64_t segment_count;
     int64_t mix_count;
-    const Real* const* mixes;                      // each (C,)
-    const Real *x, *delta;                         // (B, T, C); (mixes, B, T, C) or null
-    const Real *weight, *bias, *stats;             // (C,), (C,), (B, T, 2); null without a norm
-    Real* out;                                     // (mixes, B, T, C)
+    const Real* const* mixes;           // each (C,)
+    const Real *x, *delta;              // (B, T, C); (mixes, B, T, C) or null
+    const Real *weight, *bias, *stats;  // (C,), (C,), (B, T, 2); null without a norm
+    Real* out;                          // (mixes, B, T, C)
     // backward
     const Real* g;
     Real *gx, *gdelta;

@@ -35,7 +35,8 @@ struct Input {
         : dtype(dtype_), x(prepared(x_, dtype)) {
         for (const Tensor& mix : mixes_) mixes.push_back(prepared(mix, dtype));
         if (delta_) delta = prepared(*delta_, dtype);
-        if (stats_) stats = prepared(*stats_, dtype), weight = prepared(*weight_, dtype), bias = prepared(*bias_, dtype);
+        if (stats_)
+            stats = prepared(*stats_, dtype), weight = prepared(*weight_, dtype), bias = prepared(*bias_, dtype);
     }
     at::ScalarType dtype;
     Tensor x, delta, weight, bias, stats;
@@ -108,8 +109,8 @@ Tensor forward(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, 
                double gamma, int64_t heads, at::ScalarType dtype) {
     check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     const Input in(x, mixes, delta, weight, bias, stats, sums_dtype(x, delta));
-    Tensor out = at::empty({static_cast<int64_t>(mixes.size()), x.size(0), x.size(1), x.size(2)},
-                           x.options().dtype(in.dtype));
+    Tensor out =
+        at::empty({static_cast<int64_t>(mixes.size()), x.size(0), x.size(1), x.size(2)}, x.options().dtype(in.dtype));
     if (x.numel() > 0) {
         const std::vector<Segment> parts = segments(x.size(2), pixels, gamma, heads);
         for_real(in.dtype, [&](auto real) {

@@ -14,7 +14,7 @@ VRWKV_INLINE void read_row(const QShiftArgs<Real>& args, int64_t row, int64_t be
         return;
     }
     const Real mean = args.stats[2 * row], rstd = args.stats[2 * row + 1];
-    const Real *__restrict weight = args.weight, *__restrict bias = args.bias;
+    const Real* __restrict weight = args.weight, * __restrict bias = args.bias;
     for (int64_t c = begin; c < end; ++c) {
         unit[c] = (x[c] - mean) * rstd;
         n[c] = unit[c] * weight[c] + bias[c];
@@ -49,7 +49,7 @@ VRWKV_INLINE void read_both(const QShiftArgs<Real>& args, int64_t row, Real* uni
 template <typename Real>
 void mix_rows(const QShiftArgs<Real>& args, int64_t begin, int64_t end, Real* buffer) {
     const int64_t channels = args.channels;
-    Real *__restrict n = buffer, *__restrict far = buffer + channels;
+    Real* __restrict n = buffer, * __restrict far = buffer + channels;
     for (int64_t row = begin; row < end; ++row) {
         read_both<Real>(args, row, buffer + 2 * channels, n, far, buffer + 3 * channels);
         for (int64_t i = 0; i < args.mix_count; ++i) {
@@ -93,7 +93,7 @@ template <typename Real>
 VRWKV_INLINE void norm_backward(const QShiftArgs<Real>& args, int64_t row, const Real* __restrict unit,
                                 Real* __restrict gn, Real* __restrict gx) {
     const int64_t channels = args.channels;
-    Real *__restrict gweight = args.sums + args.mix_count * channels, *__restrict gbias = gweight + channels;
+    Real* __restrict gweight = args.sums + args.mix_count * channels, * __restrict gbias = gweight + channels;
     const Real* __restrict weight = args.weight;
     for (int64_t c = 0; c < channels; ++c) {
         gweight[c] += gn[c] * unit[c];
@@ -121,8 +121,7 @@ VRWKV_INLINE void norm_backward(const QShiftArgs<Real>& args, int64_t row, const
 template <typename Real>
 void mix_rows_backward(const QShiftArgs<Real>& args, int64_t begin, int64_t end, Real* buffer) {
     const int64_t channels = args.channels;
-    Real *__restrict n = buffer, *__restrict far = buffer + channels, *__restrict unit = buffer + 2 * channels,
-                    *__restrict gn = buffer + 3 * channels;
+    Real* __restrict n = buffer, * __restrict far = buffer + channels, * __restrict unit = buffer + 2 * channels, * __restrict gn = buffer + 3 * channels;
     for (int64_t row = begin; row < end; ++row) {
         read_both<Real>(args, row, unit, n, far, gn);
         for (int64_t c = 0; c < channels; ++c) {
@@ -131,7 +130,7 @@ void mix_rows_backward(const QShiftArgs<Real>& args, int64_t begin, int64_t end,
         }
         for (int64_t i = 0; i < args.mix_count; ++i) {
             const int64_t at = (i * args.rows + row) * channels;
-            const Real *__restrict mix = args.mixes[i], *__restrict g = args.g + at;
+            const Real* __restrict mix = args.mixes[i], * __restrict g = args.g + at;
             Real* __restrict gmix = args.sums + i * channels;
             for (int64_t c = 0; c < channels; ++c) gmix[c] += g[c] * n[c];
             if (args.delta) {

@@ -10,9 +10,9 @@ namespace q_shift {
 
 using namespace rows;
 
-constexpr int kMixes = 8;        // at most
-constexpr int kTokens = 4;       // of a thread in the forward pass, in flight together
-constexpr int kStay = 4;         // the direction of channels that are not shifted
+constexpr int kMixes = 8;   // at most
+constexpr int kTokens = 4;  // of a thread in the forward pass, in flight together
+constexpr int kStay = 4;    // the direction of channels that are not shifted
 constexpr int kMaxShared = 48 * 1024;
 constexpr int kRowBuffer = 2 * kMaxThreads / kWarp;  // floats for row_sums
 
@@ -55,7 +55,7 @@ __device__ __forceinline__ int opposite(int direction) { return direction == kSt
 struct Args {
     int rows, channels, mixes;
     Place place;
-    const float* mix[kMixes];  // each (channels,)
+    const float* mix[kMixes];            // each (channels,)
     const float *weight, *bias, *stats;  // stats (rows, 2); null without a norm
 };
 
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kBlock) mix_tokens(const Args args, const X* x
 // up the gradients of mixes, weight and bias over its rows, in shared memory, into `part`.
 template <typename X, typename G, int kVec>
 __global__ void __launch_bounds__(kVec == 1 ? kMaxThreads : kBlock)
-    mix_tokens_backward(const Args args, int rows_a_block, const G* g, const X* x, const G* delta, X* gx,
-                                    G* gdelta, float* part) {
+    mix_tokens_backward(const Args args, int rows_a_block, const G* g, const X* x, const G* delta, X* gx, G* gdelta,
+                        float* part) {
     extern __shared__ float4 shared[];
     float* buffer = reinterpret_cast<float*>(shared);
     float* columns = buffer + kRowBuffer;
@@ -234,7 +234,8 @@ __global__ void token_stats(int rows, int channels, float eps, const X* x, float
     if (active && channel == 0) reinterpret_cast<float2*>(stats)[row] = make_float2(mean, rstd);
 }
 
-// The dispatcher's entries ---------------------------------------------------------------------------------------------
+// The dispatcher's entries
+// ---------------------------------------------------------------------------------------------
 
 struct Input {
     Input(const Tensor& x_, at::TensorList mixes_, const MaybeTensor& delta_, const MaybeTensor& weight_,
@@ -248,7 +249,7 @@ struct Input {
         // More than the map's sides is as good as past its border.
         const int64_t clipped = std::min(pixels, std::max(height, width));
         args.place = Place{static_cast<int>(x.size(1)), static_cast<int>(height), static_cast<int>(width),
-                           static_cast<int>(clipped), static_cast<int>(dim), {}};
+                           static_cast<int>(clipped),   static_cast<int>(dim),    {}};
         vectors = dim % 4 == 0;
         for (int i = 0; i < 4; ++i) {
             args.place.borders[i] = static_cast<int>(dim * gamma * (i + 1));
@@ -317,8 +318,8 @@ Tensor q_shift_cuda(const Tensor& x, at::TensorList mixes, const MaybeTensor& de
         call_pytorch("vision_rwkv::q_shift", stack);
         return stack[0].toTensor();
     }
-    Tensor out = at::empty({static_cast<int64_t>(mixes.size()), x.size(0), x.size(1), x.size(2)},
-                           x.options().dtype(dtype));
+    Tensor out =
+        at::empty({static_cast<int64_t>(mixes.size()), x.size(0), x.size(1), x.size(2)}, x.options().dtype(dtype));
     if (x.numel() == 0) return out;
     const Input in(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     for_types(x.scalar_type(), dtype, in.vectors, [&](auto token, auto result, auto vec) {
@@ -341,14 +342,15 @@ Five gradients(const Tensor& gx, const Tensor& gdelta, const Tensor& columns, at
                const MaybeTensor& weight, const MaybeTensor& bias) {
     const int64_t count = static_cast<int64_t>(mixes.size());
     const Tensor gmixes = columns.narrow(0, 0, count).to(mixes[0].scalar_type());
-    if (columns.size(0) == count) return Five(gx, gmixes, gdelta, at::empty({0}, gx.options()), at::empty({0}, gx.options()));
+    if (columns.size(0) == count)
+        return Five(gx, gmixes, gdelta, at::empty({0}, gx.options()), at::empty({0}, gx.options()));
     return Five(gx, gmixes, gdelta, columns.select(0, count).to(weight->scalar_type()).clone(),
                 columns.select(0, count + 1).to(bias->scalar_type()).clone());
 }
 
 Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixes, const MaybeTensor& delta,
-                           const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats,
-                           int64_t height, int64_t width, int64_t pixels, double gamma, int64_t heads) {
+                           const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats, int64_t height,
+                           int64_t width, int64_t pixels, double gamma, int64_t heads) {
     const c10::cuda::CUDAGuard guard(x.device());
     check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
     TORCH_CHECK(g.dim() == 4 && g.size(0) == static_cast<int64_t>(mixes.size()) && g.sizes().slice(1) == x.sizes() &&

@@ -27,6 +27,12 @@ OPTIONS = {
 PRECISION = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got.double().cpu() - want.double().cpu()).norm() / want.double().cpu().norm().clamp(min=1e-30)).item()
 
@@ -47,14 +53,8 @@ def test_golden(name, height, width):
     assert golden.worst_error(str(GOLDEN / f'{name}.npz'), f'{height}x{width}', outputs) < 1e-4
 
 
-@pytest.fixture
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
-
-
 @pytest.mark.parametrize('name', OPTIONS)
-def test_float32_gradients_equal_those_in_float64_on_the_cpu(name, exact_products):
+def test_float32_gradients_equal_those_in_float64_on_the_cpu(name):
     version, options = OPTIONS[name]
     model = make(version, **options)
     want = gradients(copy.deepcopy(model).double(), images().double())
@@ -111,7 +111,7 @@ def test_eager_compiled_and_graph_outputs_agree(name, dtype):
 
 
 @pytest.mark.parametrize('name', ['default', 'all_of_large', 'vrwkv6'])
-def test_compiled_gradients_equal_eager_ones(name, exact_products):
+def test_compiled_gradients_equal_eager_ones(name):
     torch._dynamo.reset()
     version, options = OPTIONS[name]
     model = make(version, **options).cuda()

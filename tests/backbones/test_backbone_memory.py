@@ -17,10 +17,10 @@ def saved_bytes(model, forward) -> int:
 
     def keep(x):
         kept.append(x)  # so that no storage is used twice
-        if x.untyped_storage().data_ptr() not in parameters and x.shape[0] == BATCH:
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        elif x.dim() == 2 and x.shape[0] == BATCH * 197:  # a ViT's linear layers flatten the batch
-            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        # A ViT's linear layers flatten the batch.
+        if storage.data_ptr() not in parameters and x.shape[0] in (BATCH, BATCH * 197):
+            storages[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast('cpu', torch.bfloat16):

@@ -115,7 +115,10 @@ def cases(size: Size) -> dict[str, Case]:
             'x one two',
         ),
         'gated_linear': Case(
-            ops.gated_linear, lambda r, y, m: (torch.sigmoid(r) * y) @ m.T, {'r': x, 'y': y, 'one': maps['one']}, 'r y one'
+            ops.gated_linear,
+            lambda r, y, m: (torch.sigmoid(r) * y) @ m.T,
+            {'r': x, 'y': y, 'one': maps['one']},
+            'r y one',
         ),
         'squared_relu_linear': Case(
             ops.squared_relu_linear, lambda x, m: torch.relu(x).square() @ m.T, {'x': x, 'one': maps['one']}, 'x one'

@@ -59,7 +59,7 @@ def shifted_linears(
     shift: Shift,
     norm: ops.Norm | None,
     mixes: Sequence[Tensor | None],
-    linears: Sequence[nn.Module],
+    linears: Sequence[nn.Linear],
 ) -> list[Tensor]:
     """Every linear layer (without bias) of its blend of the normalised tokens x (B, T, C), see `shift_and_mix`."""
     if not shift.pixels:

@@ -188,8 +188,8 @@ def mix_linear(
 ) -> list[Tensor]:
     """``q_shift(x, mixes, ...)``, each result through the linear map of its number: (B, T, C) -> (B, T, D_i).
 
-    maps: weights (D_i, C), without bias, computed with in autocast's dtype under autocast, else in that of x. The shifted and mixed tokens are
-    recomputed in the backward pass. Everything else as q_shift, also what is raised.
+    maps: weights (D_i, C), without bias, used in autocast's dtype under autocast, else in that of x. The shifted and
+    mixed tokens are recomputed in the backward pass. Everything else as q_shift, also what is raised.
     """
     check_tokens('mix_linear', x, mixes, hw, heads)
     weight, bias, eps, stats = norm or (None, None, 0.0, None)

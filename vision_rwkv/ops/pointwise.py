@@ -35,9 +35,9 @@ def _wide(*xs: Tensor) -> list[Tensor]:
     return [x.to(dtype) for x in xs]
 
 
-def _like(*xs: Tensor | None) -> tuple[Tensor, ...]:
-    """An empty tensor like each; of no size for None. ``xs`` must start with a tensor."""
-    return tuple(xs[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in xs)
+def _like(first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """An empty tensor like each; of no size for None."""
+    return tuple(first.new_empty(0) if x is None else x.new_empty(x.shape) for x in (first, *others))
 
 
 # gate: sigmoid(r) * y, in the dtype of y ------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ _differentiable(
 )
 
 
-# residual: x + scale * gamma * norm(sigmoid(gate) * z), and the statistics of the sum for the norm after it ------------
+# residual: x + scale * gamma * norm(sigmoid(gate) * z), and the statistics of the sum for the norm after it -----------
 
 
 def _branch(z: Tensor, gate: Tensor | None) -> Tensor:
@@ -212,7 +212,7 @@ _register(
 _differentiable('log_decay', _log_decay_grad, _save_log_decay)
 
 
-# norm_gate: GroupNorm(y) * silu(gate), the groups being heads of the channels ------------------------------------------
+# norm_gate: GroupNorm(y) * silu(gate), the groups being heads of the channels -----------------------------------------
 
 
 def _head_unit(y: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ _WHAT = f'Tensor x, Tensor[] mixes, Tensor? delta, Tensor? weight, Tensor? bias,
 
 torch.library.define(_NAME, f'({_WHAT}, ScalarType dtype) -> Tensor')
 torch.library.define(
-    f'{_NAME}_backward', f'(Tensor g, {_WHAT}) -> (Tensor gx, Tensor gmixes, Tensor gdelta, Tensor gweight, Tensor gbias)'
+    f'{_NAME}_backward',
+    f'(Tensor g, {_WHAT}) -> (Tensor gx, Tensor gmixes, Tensor gdelta, Tensor gweight, Tensor gbias)',
 )
 torch.library.define(_STATS, '(Tensor x, float eps) -> Tensor')
 

@@ -44,7 +44,7 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
 
 
 def q_shift(x: Tensor, hw: tuple[int, int], pixels: int, gamma: float, heads: int) -> Tensor:
-    """Every channel of x (B, T, C) from the neighbour that its place within its head chooses; zero beyond the border."""
+    """Every channel of x (B, T, C) from the neighbour that its place in its head chooses; zero beyond the border."""
     h, w = hw
     out, dim = x.clone(), x.shape[2] // heads
     places = torch.arange(x.shape[2], device=x.device) % dim
