@@ -107,7 +107,7 @@ def test_eager_compiled_and_graph_outputs_agree(name, dtype):
         captured = run(model)
     captured.fill_(torch.nan)
     graph.replay()
-    assert torch.equal(captured, eager)
+    assert relative(captured, eager) < limit
 
 
 @pytest.mark.parametrize('name', ['default', 'all_of_large', 'vrwkv6'])
