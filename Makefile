@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= vrwkv
-KERNELS := $(wildcard kernels/*.h kernels/*/*) setup.py pyproject.toml
+KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 install test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
@@ -58,7 +58,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*.h kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*.cuh)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*.cuh)
 
 bench: install
 	$(BIN)/python tools/benchmark_ops.py

@@ -1,5 +1,7 @@
 """What VRWKV and VRWKV6 share below the model: patch embedding, position embedding, channel mix, block."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
@@ -7,9 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_rwkv.backbones.initial import depth_ratios, mix_parameter, ramp
-from vision_rwkv.backbones.shift import Shift, shift_and_mix
-
-FLOAT16_SQUARE_MAX = 255.0  # 256 ** 2 is past float16's largest number, 65504
+from vision_rwkv.backbones.shift import Shift, folded, shifted_linears
+from vision_rwkv.ops import Norm, gate, residual, squared_relu, squared_relu_linear
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -44,14 +45,6 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], hw: tuple[int, in
     return F.interpolate(maps, size=hw, mode=mode).flatten(2).transpose(1, 2)
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x) ** 2; in float16, where that would become infinite, it saturates."""
-    x = torch.relu(x)
-    if x.dtype == torch.float16:
-        x = x.clamp(max=FLOAT16_SQUARE_MAX)
-    return x.square()
-
-
 class ChannelMix(nn.Module):
     """The feed-forward half of a block (arXiv 2403.02308, equation 6; key_norm: released models), of both versions."""
 
@@ -69,20 +62,29 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x_k, x_r = shift_and_mix(x, hw, (self.spatial_mix_k, self.spatial_mix_r), self.shift)
-        k = squared_relu(self.key(x_k))
-        if self.key_norm is not None:
-            k = self.key_norm(k)
-        return torch.sigmoid(self.receptance(x_r)) * self.value(k)
+    def forward(
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        norm: Norm | None = None,
+        finish: Callable[[Tensor, Tensor], Tensor] = gate,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C).
+
+        norm: a layer norm of x to apply first. finish: what becomes of the receptance and the values.
+        """
+        mixes = (self.spatial_mix_k, self.spatial_mix_r)
+        k, r = shifted_linears(x, hw, self.shift, norm, mixes, (self.key, self.receptance))
+        if self.key_norm is None:
+            return finish(r, squared_relu_linear(k, self.value.weight))
+        return finish(r, self.value(self.key_norm(squared_relu(k))))
 
 
 class Block(nn.Module):
     """Spatial mix and channel mix, each with norm, layer scale, drop path and residual (released models).
 
     Args:
-        att, ffn: the two mixes, called as mix(tokens, hw).
+        att, ffn: the two mixes, called as mix(tokens, hw, norm to apply first), ffn with what finishes it.
         dim: channels C.
         first: whether this is layer 0, which normalises its input.
         post_norm: normalise what a mix returns instead of what it takes.
@@ -123,9 +125,23 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         if self.ln0 is not None:
             x = self.ln0(x)
-        x = x + self._branch(x, hw, self.att, self.ln1, self.gamma1)
-        return x + self._branch(x, hw, self.ffn, self.ln2, self.gamma2)
+        if self.post_norm:
+            x = self._add(x, self.gamma1, None, self.att(x, hw), folded(self.ln1))[0]
+            return self.ffn(x, hw, None, lambda r, z: self._add(x, self.gamma2, r, z, folded(self.ln2))[0])
+        z = self.att(x, hw, folded(self.ln1))
+        x, stats = self._add(x, self.gamma1, None, z, stats_eps=self.ln2.eps)
+        return self.ffn(x, hw, folded(self.ln2, stats), lambda r, z: self._add(x, self.gamma2, r, z)[0])
 
-    def _branch(self, x: Tensor, hw: tuple[int, int], mix: nn.Module, norm: nn.Module, gamma: Tensor | None) -> Tensor:
-        x = norm(mix(x, hw)) if self.post_norm else mix(norm(x), hw)
-        return self.drop_path(x if gamma is None else gamma * x)
+    def _add(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        gate: Tensor | None,
+        z: Tensor,
+        norm: Norm | None = None,
+        stats_eps: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`residual` with this block's drop path."""
+        drops = self.training and self.drop_path.drop_prob > 0
+        scale = self.drop_path(x.new_ones(len(x), 1, 1)) if drops else None
+        return residual(x, z, gate=gate, norm=norm, gamma=gamma, scale=scale, stats_eps=stats_eps)

@@ -1,11 +1,13 @@
-"""Token shift and token mixing: each layer does both in one place, through the functions here."""
+"""Q-Shift as the layers use it: how tokens are shifted, and linear maps of the shifted and mixed tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from vision_rwkv import ops
 
 
 class Shift(NamedTuple):
@@ -28,27 +30,40 @@ def q_shift(x: Tensor, hw: tuple[int, int], shift: Shift) -> Tensor:
     upper and lower neighbour, zero beyond the border. Channels past the fourth border stay, and so do tokens past
     the map (a class token).
     """
-    batch, tokens, channels = x.shape
-    h, w = hw
-    dim = channels // shift.heads
-    borders = [int(dim * shift.gamma * j) for j in range(5)]
-    sizes = [end - start for start, end in zip(borders, [*borders[1:], dim], strict=True)]
-    token_map, others = x.split([h * w, tokens - h * w], 1)
-    parts = token_map.reshape(batch, h, w, shift.heads, dim).split(sizes, -1)
-    dx, dy = min(shift.pixels, w), min(shift.pixels, h)
-    # F.pad counts the axes from the last one; a negative amount crops.
-    pads = [(dx, -dx, 0, 0), (-dx, dx, 0, 0), (0, 0, dy, -dy), (0, 0, -dy, dy)]
-    moved = [F.pad(part, (0, 0, 0, 0, *pad)) for part, pad in zip(parts[:4], pads, strict=True)]
-    shifted = torch.cat([*moved, parts[4]], -1).reshape(batch, h * w, channels)
-    return torch.cat([shifted, others], 1) if tokens > h * w else shifted
+    return ops.q_shift(x, [torch.zeros_like(x[0, 0])], hw, *shift)[0]
 
 
-def shift_and_mix(x: Tensor, hw: tuple[int, int], mixes: Sequence[Tensor | None], shift: Shift) -> list[Tensor]:
+def shift_and_mix(x: Tensor, hw: tuple[int, int], mixes: Sequence[Tensor | None], shift: Shift) -> Sequence[Tensor]:
     """One blend of the tokens and their shifted neighbours for each mix: x * mix + q_shift(x) * (1 - mix).
 
     x (B, T, C), mixes (1, 1, C) -> tensors (B, T, C). With ``shift.pixels`` 0 every blend is x itself.
     """
     if not shift.pixels:
         return [x for _ in mixes]
-    xx = q_shift(x, hw, shift)
-    return [x * mix + xx * (1 - mix) for mix in mixes if mix is not None]
+    return ops.q_shift(x, [mix for mix in mixes if mix is not None], hw, *shift).unbind()
+
+
+def folded(norm: nn.LayerNorm, stats: Tensor | None = None) -> ops.Norm:
+    """``norm`` for an operator that applies it, with the statistics of what it will see if they are known."""
+    return ops.Norm(norm.weight, norm.bias, norm.eps, stats)
+
+
+def apply_norm(norm: ops.Norm | None, x: Tensor) -> Tensor:
+    """``norm`` alone."""
+    return x if norm is None else F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+
+
+def shifted_linears(
+    x: Tensor,
+    hw: tuple[int, int],
+    shift: Shift,
+    norm: ops.Norm | None,
+    mixes: Sequence[Tensor | None],
+    linears: Sequence[nn.Linear],
+) -> list[Tensor]:
+    """Every linear layer (without bias) of its blend of the normalised tokens x (B, T, C), see `shift_and_mix`."""
+    if not shift.pixels:
+        x = apply_norm(norm, x)
+        return [linear(x) for linear in linears]
+    weights = [linear.weight for linear in linears]
+    return ops.mix_linear(x, [mix for mix in mixes if mix is not None], weights, hw, *shift, norm=norm)

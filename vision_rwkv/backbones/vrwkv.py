@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from vision_rwkv.backbones._checks import check_choice, check_range
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.initial import INIT_MODES, constant, depth_ratios, full_ramp, mix_parameter, ramp, zigzag
-from vision_rwkv.backbones.shift import Shift, shift_and_mix
-from vision_rwkv.ops import bi_wkv
+from vision_rwkv.backbones.shift import Shift, shifted_linears
+from vision_rwkv.ops import Norm, bi_wkv, gated_linear
 
 
 class SpatialMix(nn.Module):
@@ -30,15 +30,16 @@ class SpatialMix(nn.Module):
         self.key_norm = nn.LayerNorm(dim) if key_norm else None
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
-        x_k, x_v, x_r = shift_and_mix(x, hw, mixes, self.shift)
+        linears = (self.key, self.value, self.receptance)
+        k, v, r = shifted_linears(x, hw, self.shift, norm, mixes, linears)
         tokens = x.shape[1]
-        y = bi_wkv(self.spatial_decay / tokens, self.spatial_first / tokens, self.key(x_k), self.value(x_v))
+        y = bi_wkv(self.spatial_decay / tokens, self.spatial_first / tokens, k, v)
         if self.key_norm is not None:
             y = self.key_norm(y)
-        return self.output(torch.sigmoid(self.receptance(x_r)) * y)
+        return gated_linear(r, y, self.output.weight)
 
 
 class VRWKV(Backbone):

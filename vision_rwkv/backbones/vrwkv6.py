@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vision_rwkv.backbones._checks import check_choice, check_int
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.initial import depth_ratios, full_ramp, parameter, ramp, zigzag
-from vision_rwkv.backbones.shift import Shift, q_shift
-from vision_rwkv.ops import wkv6
+from vision_rwkv.backbones.shift import Shift, apply_norm
+from vision_rwkv.ops import Norm, log_decay, norm_gate, q_shift, wkv6
 
 HEAD_SIZE = 64
 MIX_RANK = 32  # of each of the five data-dependent mixes
@@ -20,6 +19,14 @@ DECAY_RANK = 64
 def _small(*shape: int) -> nn.Parameter:
     """A low-rank factor: so small that its mix or decay starts as good as constant."""
     return nn.Parameter(torch.empty(shape).uniform_(-1e-4, 1e-4))
+
+
+class HeadNorm(nn.GroupNorm):
+    """A group norm of each token's heads, times silu(gate)."""
+
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """y, gate (B, T, C) -> (B, T, C) in the dtype of gate."""
+        return norm_gate(y, gate, self.weight, self.bias, self.num_groups, self.eps)
 
 
 class SpatialMix6(nn.Module):
@@ -41,7 +48,7 @@ class SpatialMix6(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)
         self.gate = nn.Linear(dim, dim, bias=False)
         self.key_norm = nn.LayerNorm(dim) if key_norm else None
-        self.ln_x = nn.GroupNorm(heads, dim)
+        self.ln_x = HeadNorm(heads, dim)
         self.output = nn.Linear(dim, dim, bias=False)
 
     def _make_mixes(self, dim: int, p: float, q: float) -> None:
@@ -54,20 +61,23 @@ class SpatialMix6(nn.Module):
         self.time_maa_w1 = _small(dim, 5 * MIX_RANK)
         self.time_maa_w2 = _small(5, MIX_RANK, dim)
 
-    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
-        """x (B, T, C) -> the inputs (B, T, C) of decay, key, value, receptance and gate, each with a mix of its own."""
+    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int], norm: Norm | None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) -> the inputs of the decay, (B, T, C), and of key, value, receptance and gate, (4, B, T, C)."""
         if not self.shift.pixels:
-            return [x] * 5
-        xx = q_shift(x, hw, self.shift) - x
-        z = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, MIX_RANK))
-        constants = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        factors = zip(constants, z.unbind(2), self.time_maa_w2, strict=True)
-        return [x + xx * (constant + low @ high) for constant, low, high in factors]
+            x = apply_norm(norm, x)
+            return x, x.expand(4, -1, -1, -1)
+        norm = None if norm is None else norm.measured(x)
+        maa = (self.time_maa_x, self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        first, *mixes = (1 - torch.cat(maa)).unbind()
+        z = torch.tanh(q_shift(x, [first], hw, *self.shift, norm=norm)[0] @ self.time_maa_w1)
+        delta = torch.bmm(z.view(-1, 5, MIX_RANK).transpose(0, 1), self.time_maa_w2).view(5, *x.shape)
+        mixed = q_shift(x, mixes, hw, *self.shift, norm=norm, delta=delta)
+        x_w, others = mixed.split([1, 4])
+        return x_w[0], others
 
     def _log_decay(self, x_w: Tensor) -> Tensor:
-        """-exp(raw), (B, T, C), in float32 at least: its rounding would add up over the tokens."""
-        raw = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
-        return -(raw if raw.dtype == torch.float64 else raw.float()).exp()
+        """-exp(raw), (B, T, C), in float32 at least."""
+        return log_decay(torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2, self.time_decay)
 
     def _wkv6(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         """wkv6 of the heads: all (B, T, C)."""
@@ -78,15 +88,17 @@ class SpatialMix6(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             return wkv6(r.float(), k.float(), v.float(), w, self.time_faaaa).flatten(2)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x_w, x_k, x_v, x_r, x_g = self._shift_and_mix(x, hw)
-        y = self._wkv6(self.receptance(x_r), self.key(x_k), self.value(x_v), self._log_decay(x_w))
-        y = y.to(self.ln_x.weight.dtype)
+    def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
+        x_w, inputs = self._shift_and_mix(x, hw, norm)
+        linears = (self.key, self.value, self.receptance, self.gate)
+        weights = torch.stack([linear.weight for linear in linears])  # one product for all four
+        outputs = torch.bmm(inputs.flatten(1, 2), weights.transpose(1, 2))
+        k, v, r, gate = outputs.view(4, *x.shape).unbind()
+        y = self._wkv6(r, k, v, self._log_decay(x_w))
         if self.key_norm is not None:
-            y = self.key_norm(y)
-        y = self.ln_x(y.flatten(0, 1)).view_as(y)
-        return self.output(y * F.silu(self.gate(x_g)))
+            y = self.key_norm(y.to(self.key_norm.weight.dtype))
+        return self.output(self.ln_x(y, gate))
 
 
 class VRWKV6(Backbone):

@@ -1,7 +1,32 @@
-"""The bidirectional WKV operators. Needs PyTorch alone."""
+"""The operators: bidirectional WKV, Q-Shift with its mixes, and what the models fuse around them. PyTorch alone."""
 
 from vision_rwkv.ops._native import implementation
 from vision_rwkv.ops.bi_wkv import bi_wkv
+from vision_rwkv.ops.fused import (
+    gate,
+    gated_linear,
+    log_decay,
+    mix_linear,
+    norm_gate,
+    residual,
+    squared_relu,
+    squared_relu_linear,
+)
+from vision_rwkv.ops.q_shift import Norm, q_shift
 from vision_rwkv.ops.wkv6 import wkv6
 
-__all__ = ['bi_wkv', 'implementation', 'wkv6']
+__all__ = [
+    'Norm',
+    'bi_wkv',
+    'gate',
+    'gated_linear',
+    'implementation',
+    'log_decay',
+    'mix_linear',
+    'norm_gate',
+    'q_shift',
+    'residual',
+    'squared_relu',
+    'squared_relu_linear',
+    'wkv6',
+]

@@ -48,6 +48,14 @@ def autocast(*xs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in xs)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer would compute in for the input x: autocast's dtype under autocast, else that of x."""
+    device = x.device.type
+    if device == 'meta' or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def compute_dtype(*xs: Tensor) -> torch.dtype:
     """What sums are kept in: float64 if any input is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32

@@ -41,3 +41,18 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     decay = torch.where(own, u, between.masked_fill(own, 0).exp())  # (B, T, T, H, N)
     score = torch.einsum('bthn,bihn,btihn->btih', r, k, decay)
     return torch.einsum('btih,bihm->bthm', score, v)
+
+
+def q_shift(x: Tensor, hw: tuple[int, int], pixels: int, gamma: float, heads: int) -> Tensor:
+    """Every channel of x (B, T, C) from the neighbour that its place in its head chooses; zero beyond the border."""
+    h, w = hw
+    out, dim = x.clone(), x.shape[2] // heads
+    places = torch.arange(x.shape[2], device=x.device) % dim
+    for j, (dy, dx) in enumerate([(0, -pixels), (0, pixels), (-pixels, 0), (pixels, 0)]):
+        mine = (int(dim * gamma * j) <= places) & (places < int(dim * gamma * (j + 1)))
+        for token in range(h * w):
+            row, column = token // w + dy, token % w + dx
+            inside = 0 <= row < h and 0 <= column < w
+            source = x[:, row * w + column] if inside else torch.zeros_like(x[:, 0])
+            out[:, token] = torch.where(mine, source, out[:, token])
+    return out

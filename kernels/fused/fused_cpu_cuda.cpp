@@ -1,0 +1,165 @@
+// The layers of vision_rwkv/ops/fused.py, on CPU and CUDA: they call the other operators and ATen's matrix products,
+// and are here so that a layer costs one call from Python. What each computes is written down there.
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace vision_rwkv {
+namespace {
+
+using at::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Our own operators, by the dispatcher.
+
+template <typename Signature>
+auto find(const char* name) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+Tensor gate(const Tensor& r, const Tensor& y) {
+    static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::gate");
+    return op.call(r, y);
+}
+
+Tensor squared_relu(const Tensor& x) {
+    static const auto op = find<Tensor(const Tensor&)>("vision_rwkv::squared_relu");
+    return op.call(x);
+}
+
+Tensor norm_stats(const Tensor& x, double eps) {
+    static const auto op = find<Tensor(const Tensor&, double)>("vision_rwkv::norm_stats");
+    return op.call(x, eps);
+}
+
+// Products. x is (B, T, C), map (D, C) in any dtype; out= leaves autocast out of it.
+
+Tensor rows(const Tensor& x) { return x.reshape({x.size(0) * x.size(1), x.size(2)}); }
+
+Tensor apply_map(const Tensor& x, const Tensor& map) {
+    const Tensor out = at::empty({x.size(0), x.size(1), map.size(0)}, x.options());
+    Tensor to = rows(out);
+    at::mm_out(to, rows(x), map.to(x.scalar_type()).t());
+    return out;
+}
+
+void input_gradient(const Tensor& g, const Tensor& map, const Tensor& out) {
+    Tensor to = rows(out);
+    at::mm_out(to, rows(g), map.to(g.scalar_type()));
+}
+
+Tensor map_gradient(const Tensor& g, const Tensor& x, const Tensor& map) {
+    Tensor out = at::empty({g.size(2), x.size(2)}, x.options());
+    at::mm_out(out, rows(g).t(), rows(x));
+    return out.to(map.scalar_type());
+}
+
+// Arguments of mix_linear and its backward in the order of their schemas.
+struct Mix {
+    const Tensor& x;
+    at::TensorList mixes;
+    const MaybeTensor &weight, &bias;
+    MaybeTensor stats;
+    int64_t height, width, pixels;
+    double gamma;
+    int64_t heads;
+
+    void measure(double eps) {
+        if (weight && !stats) stats = norm_stats(x, eps);
+    }
+
+    Tensor forward(at::ScalarType dtype) const {
+        static const auto op =
+            find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                        const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
+                "vision_rwkv::q_shift");
+        return op.call(x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
+    }
+
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& g) const {
+        static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+            const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+            const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>("vision_rwkv::q_shift_backward");
+        return op.call(g, x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads);
+    }
+};
+
+void check_counts(at::TensorList mixes, at::TensorList maps) {
+    TORCH_CHECK(mixes.size() == maps.size(), "mix_linear: expected a map for each of the ", mixes.size(),
+                " mixes, got ", maps.size());
+}
+
+std::vector<Tensor> mix_linear(const Tensor& x, at::TensorList mixes, at::TensorList maps, const MaybeTensor& weight,
+                               const MaybeTensor& bias, const MaybeTensor& stats, double eps, int64_t height,
+                               int64_t width, int64_t pixels, double gamma, int64_t heads, at::ScalarType dtype) {
+    check_counts(mixes, maps);
+    Mix mix{x, mixes, weight, bias, stats, height, width, pixels, gamma, heads};
+    mix.measure(eps);
+    const Tensor mixed = mix.forward(dtype);
+    std::vector<Tensor> out;
+    for (size_t i = 0; i < maps.size(); ++i)
+        out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
+    return out;
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> mix_linear_backward(
+    at::TensorList g, const Tensor& x, at::TensorList mixes, at::TensorList maps, const MaybeTensor& weight,
+    const MaybeTensor& bias, const MaybeTensor& stats, double eps, int64_t height, int64_t width, int64_t pixels,
+    double gamma, int64_t heads, at::ScalarType dtype) {
+    check_counts(mixes, maps);
+    TORCH_CHECK(g.size() == maps.size(), "mix_linear: expected ", maps.size(), " gradients, got ", g.size());
+    Mix mix{x, mixes, weight, bias, stats, height, width, pixels, gamma, heads};
+    mix.measure(eps);
+    const Tensor mixed = mix.forward(dtype);
+    std::vector<Tensor> gmaps;
+    for (size_t i = 0; i < maps.size(); ++i) {
+        const Tensor part = mixed.select(0, static_cast<int64_t>(i));
+        gmaps.push_back(map_gradient(g[i], part, maps[i]));
+        input_gradient(g[i], maps[i], part);  // in place of the input, which is no longer needed
+    }
+    auto [gx, gmixes, none, gweight, gbias] = mix.backward(mixed);
+    return {gx, gmixes, gmaps, gweight, gbias};
+}
+
+Tensor gated_linear(const Tensor& r, const Tensor& y, const Tensor& map) { return apply_map(gate(r, y), map); }
+
+std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& g, const Tensor& r, const Tensor& y,
+                                                         const Tensor& map) {
+    static const auto op =
+        find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gate_backward");
+    const Tensor x = gate(r, y), gmap = map_gradient(g, x, map);
+    input_gradient(g, map, x);
+    const auto [gr, gy] = op.call(x, r, y);
+    return {gr, gy, gmap};
+}
+
+Tensor squared_relu_linear(const Tensor& x, const Tensor& map) { return apply_map(squared_relu(x), map); }
+
+std::tuple<Tensor, Tensor> squared_relu_linear_backward(const Tensor& g, const Tensor& x, const Tensor& map) {
+    static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::squared_relu_backward");
+    const Tensor squared = squared_relu(x), gmap = map_gradient(g, squared, map);
+    input_gradient(g, map, squared);
+    return {op.call(squared, x), gmap};
+}
+
+void implement(torch::Library& m) {
+    m.impl("mix_linear", mix_linear);
+    m.impl("mix_linear_backward", mix_linear_backward);
+    m.impl("gated_linear", gated_linear);
+    m.impl("gated_linear_backward", gated_linear_backward);
+    m.impl("squared_relu_linear", squared_relu_linear);
+    m.impl("squared_relu_linear_backward", squared_relu_linear_backward);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vision_rwkv, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) { implement(m); }
+
+}  // namespace vision_rwkv

@@ -1,0 +1,442 @@
+// The operators of vision_rwkv/ops/pointwise.py on CUDA: float32, bfloat16, float16. float64, mixed dtypes and rows too
+// long for a block run on the implementation in PyTorch.
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <utility>
+
+#include "pointwise/pointwise_rows.cuh"
+#include "rows.cuh"
+#include "tensors.cuh"
+
+namespace pointwise {
+
+using namespace rows;
+
+constexpr int kMaxShared = 48 * 1024;
+constexpr int64_t kMaxChannels = 1024;  // one thread each where vectors do not fit
+constexpr int kPersistent = 4;          // blocks a processor of kernels that sum over rows
+constexpr int kOneGroup = 1 << 20;      // so many that each block has one group of rows
+
+Tensor empty_like(const Tensor& x) { return at::empty(x.sizes(), x.options()); }
+Tensor nothing(const Tensor& x) { return at::empty({0}, x.options()); }
+bool given(const MaybeTensor& x) { return x && x->defined(); }
+
+void check_same(const char* op, const Tensor& x, const Tensor& y) {
+    TORCH_CHECK(x.sizes() == y.sizes() && x.device() == y.device(), op,
+                ": expected tensors of one shape and device, got ", x.sizes(), " on ", x.device(), " and ", y.sizes(),
+                " on ", y.device());
+}
+
+void check_channels(const char* op, const Tensor& x, const MaybeTensor& parameter) {
+    TORCH_CHECK(!given(parameter) || (parameter->numel() == x.size(-1) && parameter->device() == x.device()), op,
+                ": a parameter must have ", x.size(-1), " values on ", x.device(), ", got ",
+                given(parameter) ? parameter->sizes() : x.sizes());
+}
+
+// Value by value
+// -------------------------------------------------------------------------------------------------------
+
+struct Gate {
+    __device__ void operator()(const float (&in)[2], float (&out)[1]) const { out[0] = sigmoid(in[0]) * in[1]; }
+};
+
+struct GateBackward {  // of g, r, y
+    __device__ void operator()(const float (&in)[3], float (&out)[2]) const {
+        const float s = sigmoid(in[1]);
+        out[1] = in[0] * s;
+        out[0] = out[1] * in[2] * (1.0f - s);
+    }
+};
+
+struct SquaredRelu {
+    float limit;
+    __device__ void operator()(const float (&in)[1], float (&out)[1]) const {
+        const float x = in[0] < 0.0f ? 0.0f : (in[0] > limit ? limit : in[0]);  // NaN stays
+        out[0] = x * x;
+    }
+};
+
+struct SquaredReluBackward {  // of g, x
+    float limit;
+    __device__ void operator()(const float (&in)[2], float (&out)[1]) const {
+        out[0] = in[1] > limit ? 0.0f : 2.0f * in[0] * (in[1] < 0.0f ? 0.0f : in[1]);
+    }
+};
+
+template <int kIn, int kOut, typename T>
+struct Pointers {
+    const T* in[kIn];
+    T* out[kOut];
+};
+
+template <int kIn, int kOut, typename T, typename Function>
+__global__ void __launch_bounds__(kBlock) map(Function function, Pointers<kIn, kOut, T> at, int64_t count) {
+    constexpr int kVec = 16 / sizeof(T);
+    const int64_t first = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kVec;
+    if (first >= count) return;
+    float in[kIn][kVec], out[kOut][kVec];
+    const bool whole = first + kVec <= count;
+#pragma unroll
+    for (int i = 0; i < kIn; ++i) {
+        if (whole) {
+            load(at.in[i] + first, in[i]);
+        } else {
+            for (int j = 0; j < kVec; ++j) in[i][j] = first + j < count ? to_float(at.in[i][first + j]) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+        float values[kIn], results[kOut];
+#pragma unroll
+        for (int i = 0; i < kIn; ++i) values[i] = in[i][j];
+        function(values, results);
+#pragma unroll
+        for (int i = 0; i < kOut; ++i) out[i][j] = results[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kOut; ++i) {
+        if (whole) {
+            store(at.out[i] + first, out[i]);
+        } else {
+            for (int j = 0; j < kVec && first + j < count; ++j) at.out[i][first + j] = from_float<T>(out[i][j]);
+        }
+    }
+}
+
+// Tensors of one shape and dtype through `function`; false where there is no kernel.
+template <typename Function, size_t kIn, size_t kOut>
+bool mapped(const Function& function, const Tensor (&in)[kIn], const Tensor (&out)[kOut]) {
+    for (const Tensor& x : in) {
+        if (x.scalar_type() != in[0].scalar_type() || !has_kernel(x.scalar_type(), x.scalar_type())) return false;
+    }
+    const int64_t count = in[0].numel();
+    if (count == 0) return true;
+    Tensor inputs[kIn];
+    for (size_t i = 0; i < kIn; ++i) inputs[i] = aligned(in[i]);
+    const auto run = [&](auto value) {
+        using T = decltype(value);
+        Pointers<kIn, kOut, T> at;
+        for (size_t i = 0; i < kIn; ++i) at.in[i] = data<T>(inputs[i]);
+        for (size_t i = 0; i < kOut; ++i) at.out[i] = mutable_data<T>(out[i]);
+        const int64_t group = kBlock * (16 / sizeof(T)), blocks = (count + group - 1) / group;
+        TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "too many values for one launch: ", count);
+        map<kIn, kOut, T>
+            <<<static_cast<int>(blocks), kBlock, 0, c10::cuda::getCurrentCUDAStream()>>>(function, at, count);
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+    };
+    switch (in[0].scalar_type()) {
+        case at::kFloat:
+            run(float{});
+            break;
+        case at::kBFloat16:
+            run(__nv_bfloat16{});
+            break;
+        default:
+            run(__half{});
+    }
+    return true;
+}
+
+Tensor gate_cuda(const Tensor& r, const Tensor& y) {
+    const c10::cuda::CUDAGuard guard(y.device());
+    check_same("gate", r, y);
+    const Tensor out = empty_like(y);
+    if (mapped(Gate{}, {r, y}, {out})) return out;
+    torch::jit::Stack stack{r, y};
+    call_pytorch("vision_rwkv::gate", stack);
+    return stack[0].toTensor();
+}
+
+std::tuple<Tensor, Tensor> gate_backward_cuda(const Tensor& g, const Tensor& r, const Tensor& y) {
+    const c10::cuda::CUDAGuard guard(y.device());
+    check_same("gate", r, y);
+    check_same("gate", g, y);
+    const Tensor gr = empty_like(r), gy = empty_like(y);
+    if (mapped(GateBackward{}, {g, r, y}, {gr, gy})) return {gr, gy};
+    torch::jit::Stack stack{g, r, y};
+    call_pytorch("vision_rwkv::gate_backward", stack);
+    return {stack[0].toTensor(), stack[1].toTensor()};
+}
+
+// As FLOAT16_SQUARE_MAX in pointwise.py.
+float square_limit(const Tensor& x) {
+    return x.scalar_type() == at::kHalf ? 255.0f : std::numeric_limits<float>::infinity();
+}
+
+Tensor squared_relu_cuda(const Tensor& x) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor out = empty_like(x);
+    if (mapped(SquaredRelu{square_limit(x)}, {x}, {out})) return out;
+    torch::jit::Stack stack{x};
+    call_pytorch("vision_rwkv::squared_relu", stack);
+    return stack[0].toTensor();
+}
+
+Tensor squared_relu_backward_cuda(const Tensor& g, const Tensor& x) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    check_same("squared_relu", g, x);
+    const Tensor out = empty_like(x);
+    if (mapped(SquaredReluBackward{square_limit(x)}, {g, x}, {out})) return out;
+    torch::jit::Stack stack{g, x};
+    call_pytorch("vision_rwkv::squared_relu_backward", stack);
+    return stack[0].toTensor();
+}
+
+// Token by token
+// -------------------------------------------------------------------------------------------------------
+
+bool rows_fit(const Tensor& x, int64_t slots) {
+    return x.dim() == 3 && x.size(2) <= kMaxChannels && x.size(0) * x.size(1) <= kMaxRows &&
+           static_cast<int64_t>(sizeof(float)) * (kRowBuffer + slots * x.size(2)) <= kMaxShared;
+}
+
+// Launches kernel(how, shared bytes, part) over the rows of x and adds up `part`: the sums (slots, C) over all rows.
+template <typename Launch>
+Tensor over_rows(const Tensor& x, int vec, int64_t slots, const Launch& launch) {
+    const int64_t channels = x.size(2);
+    Layout how = layout(x.size(0) * x.size(1), channels, vec, slots ? kPersistent : kOneGroup);
+    const auto bytes = [&] { return sizeof(float) * (kRowBuffer + how.threads_y * slots * channels); };
+    while (how.threads_y > 1 && bytes() > kMaxShared) how.threads_y /= 2;  // rows_a_block stays a multiple
+    const Tensor sums = new_floats(x, {slots, channels});
+    const Tensor part = new_floats(x, {slots ? how.blocks : 0, slots, channels});
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    launch(how, bytes(), part.mutable_data_ptr<float>(), stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    if (slots) {
+        launch_sum_parts(part.const_data_ptr<float>(), how.blocks, slots * channels, sums.mutable_data_ptr<float>(),
+                         stream);
+    }
+    return sums;
+}
+
+// A row of sums as the gradient of a parameter.
+Tensor gradient(const Tensor& sums, int64_t slot, const Tensor& parameter) {
+    const Tensor sum = sums.select(0, slot);
+    return (sum.scalar_type() == parameter.scalar_type() ? sum.clone() : sum.to(parameter.scalar_type()))
+        .view(parameter.sizes());
+}
+
+struct Branch {
+    Branch(const Tensor& z_, const MaybeTensor& gate_, const MaybeTensor& weight_, const MaybeTensor& bias_,
+           const MaybeTensor& gamma_, const MaybeTensor& scale_, double eps)
+        : z(aligned(z_)),
+          weight(parameter(weight_)),
+          bias(parameter(bias_)),
+          gamma(parameter(gamma_)),
+          scale(parameter(scale_)) {
+        if (given(gate_)) gate = aligned(*gate_);
+        args.rows = static_cast<int>(z.size(0) * z.size(1)), args.tokens = static_cast<int>(z.size(1));
+        args.channels = static_cast<int>(z.size(2)), args.eps = static_cast<float>(eps);
+        args.weight = floats(weight), args.bias = floats(bias), args.gamma = floats(gamma), args.scale = floats(scale);
+    }
+    Tensor z, gate, weight, bias, gamma, scale;
+    RowArgs args{};
+};
+
+void check_branch(const Tensor& x, const Tensor& z, const MaybeTensor& gate, const MaybeTensor& weight,
+                  const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& scale) {
+    TORCH_CHECK(x.dim() == 3, "residual: x must have shape (B, T, C), got ", x.sizes());
+    check_same("residual", x, z);
+    if (given(gate)) check_same("residual", x, *gate);
+    TORCH_CHECK(given(weight) == given(bias), "residual: expected weight and bias, or neither");
+    for (const MaybeTensor* p : {&weight, &bias, &gamma}) check_channels("residual", x, *p);
+    TORCH_CHECK(!given(scale) || (scale->numel() == x.size(0) && scale->device() == x.device()),
+                "residual: scale must have ", x.size(0), " values on ", x.device());
+}
+
+bool branch_runs_here(const Tensor& x, const Tensor& z, const MaybeTensor& gate, int64_t slots) {
+    return has_kernel(x.scalar_type(), z.scalar_type()) && rows_fit(x, slots) &&
+           (!given(gate) || gate->scalar_type() == z.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> residual_cuda(const Tensor& x, const Tensor& z, const MaybeTensor& gate,
+                                         const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& gamma,
+                                         const MaybeTensor& scale, double eps, std::optional<double> stats_eps) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    check_branch(x, z, gate, weight, bias, gamma, scale);
+    if (x.numel() != 0 && !branch_runs_here(x, z, gate, 0)) {
+        torch::jit::Stack stack{x, z, gate, weight, bias, gamma, scale, eps, stats_eps};
+        call_pytorch("vision_rwkv::residual", stack);
+        return {stack[0].toTensor(), stack[1].toTensor()};
+    }
+    const Tensor out = empty_like(x);
+    const Tensor stats = stats_eps ? new_floats(x, {x.size(0), x.size(1), 2}) : nothing(x);
+    if (x.numel() == 0) return {out, stats};
+    Branch in(z, gate, weight, bias, gamma, scale, eps);
+    in.args.stats_eps = static_cast<float>(stats_eps.value_or(0.0));
+    const Tensor stream_in = aligned(x);
+    for_types(x.scalar_type(), z.scalar_type(), x.size(2) % 4 == 0, [&](auto token, auto branch, auto vec) {
+        using X = decltype(token);
+        using Z = decltype(branch);
+        over_rows(x, vec, 0, [&](const Layout& how, size_t bytes, float*, cudaStream_t stream) {
+            residual_rows<X, Z, vec><<<how.blocks, how.block(), bytes, stream>>>(
+                in.args, data<X>(stream_in), data<Z>(in.z), data<Z>(in.gate), mutable_data<X>(out),
+                stats_eps ? mutable_data<float>(stats) : nullptr);
+        });
+    });
+    return {out, stats};
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Five residual_backward_cuda(const Tensor& g, const Tensor& z, const MaybeTensor& gate, const MaybeTensor& weight,
+                            const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& scale, double eps) {
+    const c10::cuda::CUDAGuard guard(g.device());
+    check_branch(g, z, gate, weight, bias, gamma, scale);
+    const int64_t slots = (given(weight) ? 2 : 0) + (given(gamma) ? 1 : 0);
+    if (g.numel() != 0 && !branch_runs_here(g, z, gate, slots)) {
+        torch::jit::Stack stack{g, z, gate, weight, bias, gamma, scale, eps};
+        call_pytorch("vision_rwkv::residual_backward", stack);
+        return Five(stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor(),
+                    stack[4].toTensor());
+    }
+    const Tensor gz = empty_like(z), ggate = given(gate) ? empty_like(*gate) : nothing(z);
+    Tensor sums;
+    if (g.numel() == 0) {
+        sums = new_floats(g, {slots, g.size(2)}).zero_();
+    } else {
+        const Branch in(z, gate, weight, bias, gamma, scale, eps);
+        const Tensor grad = aligned(g);
+        for_types(g.scalar_type(), z.scalar_type(), g.size(2) % 4 == 0, [&](auto token, auto branch, auto vec) {
+            using X = decltype(token);
+            using Z = decltype(branch);
+            sums = over_rows(g, vec, slots, [&](const Layout& how, size_t bytes, float* part, cudaStream_t stream) {
+                residual_rows_backward<X, Z, vec><<<how.blocks, how.block(), bytes, stream>>>(
+                    in.args, static_cast<int>(how.rows_a_block), data<X>(grad), data<Z>(in.z), data<Z>(in.gate),
+                    mutable_data<Z>(gz), given(gate) ? mutable_data<Z>(ggate) : nullptr, part);
+            });
+        });
+    }
+    const int64_t gamma_slot = given(weight) ? 2 : 0;
+    return Five(gz, ggate, given(weight) ? gradient(sums, 0, *weight) : nothing(z),
+                given(bias) ? gradient(sums, 1, *bias) : nothing(z),
+                given(gamma) ? gradient(sums, gamma_slot, *gamma) : nothing(z));
+}
+
+Tensor log_decay_cuda(const Tensor& raw, const Tensor& base) {
+    const c10::cuda::CUDAGuard guard(raw.device());
+    check_channels("log_decay", raw, base);
+    if (!has_kernel(raw.scalar_type(), raw.scalar_type()) || base.scalar_type() == at::kDouble || !rows_fit(raw, 0)) {
+        torch::jit::Stack stack{raw, base};
+        call_pytorch("vision_rwkv::log_decay", stack);
+        return stack[0].toTensor();
+    }
+    const Tensor out = new_floats(raw, raw.sizes());
+    if (raw.numel() == 0) return out;
+    const Branch in(raw, {}, base, {}, {}, {}, 0);
+    for_types(raw.scalar_type(), raw.scalar_type(), raw.size(2) % 4 == 0, [&](auto, auto value, auto vec) {
+        using T = decltype(value);
+        over_rows(raw, vec, 0, [&](const Layout& how, size_t bytes, float*, cudaStream_t stream) {
+            log_decay_rows<T, vec>
+                <<<how.blocks, how.block(), bytes, stream>>>(in.args, data<T>(in.z), mutable_data<float>(out));
+        });
+    });
+    return out;
+}
+
+std::tuple<Tensor, Tensor> log_decay_backward_cuda(const Tensor& g, const Tensor& w, at::ScalarType dtype) {
+    const c10::cuda::CUDAGuard guard(w.device());
+    check_same("log_decay", g, w);
+    if (w.scalar_type() != at::kFloat || g.scalar_type() != at::kFloat || !has_kernel(dtype, dtype) ||
+        !rows_fit(w, 1)) {
+        torch::jit::Stack stack{g, w, static_cast<int64_t>(dtype)};
+        call_pytorch("vision_rwkv::log_decay_backward", stack);
+        return {stack[0].toTensor(), stack[1].toTensor()};
+    }
+    const Tensor graw = at::empty(w.sizes(), w.options().dtype(dtype));
+    if (w.numel() == 0) return {graw, new_floats(w, {w.size(2)}).zero_()};
+    const Branch in(w, {}, {}, {}, {}, {}, 0);
+    const Tensor grad = aligned(g);
+    Tensor sums;
+    for_types(dtype, dtype, w.size(2) % 4 == 0, [&](auto, auto value, auto vec) {
+        using T = decltype(value);
+        sums = over_rows(w, vec, 1, [&](const Layout& how, size_t bytes, float* part, cudaStream_t stream) {
+            log_decay_rows_backward<T, vec><<<how.blocks, how.block(), bytes, stream>>>(
+                in.args, static_cast<int>(how.rows_a_block), data<float>(grad), data<float>(in.z),
+                mutable_data<T>(graw), part);
+        });
+    });
+    return {graw, sums.view({w.size(2)})};
+}
+
+void check_heads(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, int64_t heads) {
+    TORCH_CHECK(y.dim() == 3 && heads > 0 && y.size(2) % heads == 0,
+                "norm_gate: y must have shape (B, T, C), C a multiple of the heads, got ", y.sizes());
+    check_same("norm_gate", y, gate);
+    check_channels("norm_gate", y, weight);
+    check_channels("norm_gate", y, bias);
+}
+
+bool heads_run_here(const Tensor& y, const Tensor& gate, int64_t heads) {
+    return has_kernel(y.scalar_type(), gate.scalar_type()) && rows_fit(y, 2) && y.size(2) == heads * kHead;
+}
+
+Tensor norm_gate_cuda(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, int64_t heads,
+                      double eps, at::ScalarType dtype) {
+    const c10::cuda::CUDAGuard guard(y.device());
+    check_heads(y, gate, weight, bias, heads);
+    if (!heads_run_here(y, gate, heads) || dtype != gate.scalar_type()) {
+        torch::jit::Stack stack{y, gate, weight, bias, heads, eps, static_cast<int64_t>(dtype)};
+        call_pytorch("vision_rwkv::norm_gate", stack);
+        return stack[0].toTensor();
+    }
+    const Tensor out = empty_like(gate);
+    if (y.numel() == 0) return out;
+    const Branch in(y, gate, weight, bias, {}, {}, eps);
+    for_types(y.scalar_type(), gate.scalar_type(), true, [&](auto value, auto factor, auto) {
+        using Y = decltype(value);
+        using G = decltype(factor);
+        over_rows(y, 4, 0, [&](const Layout& how, size_t bytes, float*, cudaStream_t stream) {
+            norm_gate_rows<Y, G><<<how.blocks, how.block(), bytes, stream>>>(in.args, data<Y>(in.z), data<G>(in.gate),
+                                                                             mutable_data<G>(out));
+        });
+    });
+    return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor& g, const Tensor& y, const Tensor& gate,
+                                                                   const Tensor& weight, const Tensor& bias,
+                                                                   int64_t heads, double eps) {
+    const c10::cuda::CUDAGuard guard(y.device());
+    check_heads(y, gate, weight, bias, heads);
+    check_same("norm_gate", g, y);
+    if (!heads_run_here(y, gate, heads) || g.scalar_type() != gate.scalar_type()) {
+        torch::jit::Stack stack{g, y, gate, weight, bias, heads, eps};
+        call_pytorch("vision_rwkv::norm_gate_backward", stack);
+        return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor()};
+    }
+    const Tensor gy = empty_like(y), ggate = empty_like(gate);
+    Tensor sums;
+    if (y.numel() == 0) {
+        sums = new_floats(y, {2, y.size(2)}).zero_();
+    } else {
+        const Branch in(y, gate, weight, bias, {}, {}, eps);
+        const Tensor grad = aligned(g);
+        for_types(y.scalar_type(), gate.scalar_type(), true, [&](auto value, auto factor, auto) {
+            using Y = decltype(value);
+            using G = decltype(factor);
+            sums = over_rows(y, 4, 2, [&](const Layout& how, size_t bytes, float* part, cudaStream_t stream) {
+                norm_gate_rows_backward<Y, G><<<how.blocks, how.block(), bytes, stream>>>(
+                    in.args, static_cast<int>(how.rows_a_block), data<G>(grad), data<Y>(in.z), data<G>(in.gate),
+                    mutable_data<Y>(gy), mutable_data<G>(ggate), part);
+            });
+        });
+    }
+    return {gy, ggate, gradient(sums, 0, weight), gradient(sums, 1, bias)};
+}
+
+TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
+    m.impl("gate", gate_cuda);
+    m.impl("gate_backward", gate_backward_cuda);
+    m.impl("squared_relu", squared_relu_cuda);
+    m.impl("squared_relu_backward", squared_relu_backward_cuda);
+    m.impl("residual", residual_cuda);
+    m.impl("residual_backward", residual_backward_cuda);
+    m.impl("log_decay", log_decay_cuda);
+    m.impl("log_decay_backward", log_decay_backward_cuda);
+    m.impl("norm_gate", norm_gate_cuda);
+    m.impl("norm_gate_backward", norm_gate_backward_cuda);
+}
+
+}  // namespace pointwise
