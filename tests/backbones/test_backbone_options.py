@@ -192,3 +192,32 @@ def test_layers_past_the_last_map_are_not_run():
         layer.register_forward_hook(lambda *_: calls.append(1))
     model(images())
     assert len(calls) == 2
+
+
+class Extended(torch.nn.Linear):
+    """A layer that does more than its weight says, as those of parameter-efficient fine-tuning do."""
+
+    def forward(self, x):
+        return super().forward(x).abs()
+
+
+@pytest.mark.parametrize('version', BOTH)
+def test_layers_can_be_replaced_and_hooked(version):
+    model = make(version).eval()
+    with torch.no_grad():
+        before = model(images())[0]
+        seen = []
+        names = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        hooks = [
+            model.get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name)) for name in names
+        ]
+        torch.testing.assert_close(model(images())[0], before, rtol=1e-4, atol=1e-5)
+        assert set(seen) == set(names)
+        for hook in hooks:
+            hook.remove()
+        for name in names:
+            layer = model.get_submodule(name)
+            layer.__class__ = Extended
+            assert not torch.allclose(model(images())[0], before, rtol=1e-4, atol=1e-5), name
+            layer.__class__ = torch.nn.Linear
+        assert torch.equal(model(images())[0], before)

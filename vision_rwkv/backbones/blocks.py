@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_rwkv.backbones.initial import depth_ratios, mix_parameter, ramp
-from vision_rwkv.backbones.shift import Shift, folded, shifted_linears
+from vision_rwkv.backbones.shift import Shift, folded, is_plain, shifted_linears
 from vision_rwkv.ops import Norm, gate, residual, squared_relu, squared_relu_linear
 
 
@@ -75,9 +75,10 @@ class ChannelMix(nn.Module):
         """
         mixes = (self.spatial_mix_k, self.spatial_mix_r)
         k, r = shifted_linears(x, hw, self.shift, norm, mixes, (self.key, self.receptance))
-        if self.key_norm is None:
+        if self.key_norm is None and is_plain(self.value):
             return finish(r, squared_relu_linear(k, self.value.weight))
-        return finish(r, self.value(self.key_norm(squared_relu(k))))
+        k = squared_relu(k)
+        return finish(r, self.value(k if self.key_norm is None else self.key_norm(k)))
 
 
 class Block(nn.Module):

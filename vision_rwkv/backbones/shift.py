@@ -53,6 +53,11 @@ def apply_norm(norm: ops.Norm | None, x: Tensor) -> Tensor:
     return x if norm is None else F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
+def is_plain(*linears: nn.Module) -> bool:
+    """Whether an operator may use the weights in place of the layers: without hooks, and of no other class (LoRA)."""
+    return all(type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks) for x in linears)
+
+
 def shifted_linears(
     x: Tensor,
     hw: tuple[int, int],
@@ -62,8 +67,8 @@ def shifted_linears(
     linears: Sequence[nn.Linear],
 ) -> list[Tensor]:
     """Every linear layer (without bias) of its blend of the normalised tokens x (B, T, C), see `shift_and_mix`."""
-    if not shift.pixels:
-        x = apply_norm(norm, x)
-        return [linear(x) for linear in linears]
+    if not shift.pixels or not is_plain(*linears):
+        blends = shift_and_mix(apply_norm(norm, x), hw, mixes, shift)
+        return [linear(blend) for linear, blend in zip(linears, blends, strict=True)]
     weights = [linear.weight for linear in linears]
     return ops.mix_linear(x, [mix for mix in mixes if mix is not None], weights, hw, *shift, norm=norm)

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from vision_rwkv.backbones._checks import check_choice, check_range
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.initial import INIT_MODES, constant, depth_ratios, full_ramp, mix_parameter, ramp, zigzag
-from vision_rwkv.backbones.shift import Shift, shifted_linears
-from vision_rwkv.ops import Norm, bi_wkv, gated_linear
+from vision_rwkv.backbones.shift import Shift, is_plain, shifted_linears
+from vision_rwkv.ops import Norm, bi_wkv, gate, gated_linear
 
 
 class SpatialMix(nn.Module):
@@ -39,7 +39,7 @@ class SpatialMix(nn.Module):
         y = bi_wkv(self.spatial_decay / tokens, self.spatial_first / tokens, k, v)
         if self.key_norm is not None:
             y = self.key_norm(y)
-        return gated_linear(r, y, self.output.weight)
+        return gated_linear(r, y, self.output.weight) if is_plain(self.output) else self.output(gate(r, y))
 
 
 class VRWKV(Backbone):

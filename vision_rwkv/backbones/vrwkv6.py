@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vision_rwkv.backbones._checks import check_choice, check_int
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.initial import depth_ratios, full_ramp, parameter, ramp, zigzag
-from vision_rwkv.backbones.shift import Shift, apply_norm
+from vision_rwkv.backbones.shift import Shift, apply_norm, is_plain
 from vision_rwkv.ops import Norm, log_decay, norm_gate, q_shift, wkv6
 
 HEAD_SIZE = 64
@@ -92,9 +92,12 @@ class SpatialMix6(nn.Module):
         """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
         x_w, inputs = self._shift_and_mix(x, hw, norm)
         linears = (self.key, self.value, self.receptance, self.gate)
-        weights = torch.stack([linear.weight for linear in linears])  # one product for all four
-        outputs = torch.bmm(inputs.flatten(1, 2), weights.transpose(1, 2))
-        k, v, r, gate = outputs.view(4, *x.shape).unbind()
+        if is_plain(*linears):
+            weights = torch.stack([linear.weight for linear in linears])  # one product for all four
+            outputs = torch.bmm(inputs.flatten(1, 2), weights.transpose(1, 2))
+            k, v, r, gate = outputs.view(4, *x.shape).unbind()
+        else:
+            k, v, r, gate = (linear(part) for linear, part in zip(linears, inputs, strict=True))
         y = self._wkv6(r, k, v, self._log_decay(x_w))
         if self.key_norm is not None:
             y = self.key_norm(y.to(self.key_norm.weight.dtype))
