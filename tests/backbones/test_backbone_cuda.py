@@ -40,7 +40,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def gradients(model, x) -> dict[str, torch.Tensor]:
     model.zero_grad()
     x = x.detach().requires_grad_()
-    golden.gradient_loss(model(x)[0]).backward()
+    golden.gradient_loss(model(x)[0].cpu()).backward()  # the loss makes its weights on the CPU
     return {'image': x.grad, **{name: p.grad for name, p in model.named_parameters()}}
 
 
