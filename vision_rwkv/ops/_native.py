@@ -1,11 +1,12 @@
 """Loads the native library and answers which implementation runs.
 
 The schemas are defined in Python (bi_wkv.py, wkv6.py) together with a PyTorch kernel that serves every device. The
-library adds kernels for CPU and CUDA, which the dispatcher then prefers.
+library adds kernels for CPU and CUDA, which the dispatcher then prefers, and the gradients for every device.
 """
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -59,7 +60,16 @@ def warn_fallback(device: torch.device) -> None:
     )
 
 
-def refuse_second_derivative(op: str):
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Give operator ``name`` its gradient, ``name``_backward none; kernels/autograd does both where it is built."""
+    full = f'{NAMESPACE}::{name}'
+    if torch._C._dispatch_has_kernel_for_dispatch_key(full, 'Autograd'):
+        return
+    torch.library.register_autograd(full, backward, setup_context=setup_context)
+    torch.library.register_autograd(f'{full}_backward', _refuse_second_derivative(name))
+
+
+def _refuse_second_derivative(op: str) -> Callable:
     """The backward of an operator's backward: there is none, and it says so."""
 
     def refuse(ctx, *grads):

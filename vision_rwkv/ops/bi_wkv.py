@@ -44,8 +44,7 @@ def _backward(ctx, gy: Tensor) -> tuple[Tensor, ...]:
     return torch.ops.vision_rwkv.bi_wkv_backward(*ctx.saved_tensors, gy)
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_save)
-torch.library.register_autograd(f'{_NAME}_backward', _native.refuse_second_derivative('bi_wkv'))
+_native.register_autograd('bi_wkv', _backward, _save)
 
 
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -167,12 +167,9 @@ def _squared_relu_linear_grad(ctx, g: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.vision_rwkv.squared_relu_linear_backward(g, *ctx.saved_tensors)
 
 
-torch.library.register_autograd(_MIX, _mix_linear_grad, setup_context=_save_mix_linear)
-torch.library.register_autograd(_GATED, _gated_linear_grad, setup_context=_save_inputs)
-torch.library.register_autograd(_SQUARED, _squared_relu_linear_grad, setup_context=_save_inputs)
-for _name in (_MIX, _GATED, _SQUARED):
-    _short = _name.removeprefix(f'{_native.NAMESPACE}::')
-    torch.library.register_autograd(f'{_name}_backward', _native.refuse_second_derivative(_short))
+_native.register_autograd('mix_linear', _mix_linear_grad, _save_mix_linear)
+_native.register_autograd('gated_linear', _gated_linear_grad, _save_inputs)
+_native.register_autograd('squared_relu_linear', _squared_relu_linear_grad, _save_inputs)
 
 
 def mix_linear(

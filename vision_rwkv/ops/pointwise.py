@@ -23,13 +23,6 @@ def _register(name: str, schema: str, forward: Callable, fake: Callable) -> None
     torch.library.register_fake(full, fake)
 
 
-def _differentiable(name: str, backward: Callable, save: Callable) -> None:
-    """Give ``name`` its gradient; the operator ``name``_backward has none."""
-    full = f'{_native.NAMESPACE}::{name}'
-    torch.library.register_autograd(full, backward, setup_context=save)
-    torch.library.register_autograd(f'{full}_backward', _native.refuse_second_derivative(name))
-
-
 def _wide(*xs: Tensor) -> list[Tensor]:
     dtype = _checks.compute_dtype(*xs)
     return [x.to(dtype) for x in xs]
@@ -63,7 +56,9 @@ _register('gate', '(Tensor r, Tensor y) -> Tensor', _gate, lambda r, y: y.new_em
 _register(
     'gate_backward', '(Tensor g, Tensor r, Tensor y) -> (Tensor, Tensor)', _gate_backward, lambda g, r, y: _like(r, y)
 )
-_differentiable('gate', lambda ctx, g: torch.ops.vision_rwkv.gate_backward(g, *ctx.saved_tensors), _save_inputs)
+_native.register_autograd(
+    'gate', lambda ctx, g: torch.ops.vision_rwkv.gate_backward(g, *ctx.saved_tensors), _save_inputs
+)
 
 
 # squared_relu: relu(x) ** 2 -------------------------------------------------------------------------------------------
@@ -87,7 +82,7 @@ _register('squared_relu', '(Tensor x) -> Tensor', _squared_relu, lambda x: x.new
 _register(
     'squared_relu_backward', '(Tensor g, Tensor x) -> Tensor', _squared_relu_backward, lambda g, x: x.new_empty(x.shape)
 )
-_differentiable(
+_native.register_autograd(
     'squared_relu', lambda ctx, g: torch.ops.vision_rwkv.squared_relu_backward(g, *ctx.saved_tensors), _save_inputs
 )
 
@@ -170,7 +165,7 @@ _register(
     _residual_backward,
     lambda g, z, gate, weight, bias, gamma, scale, eps: _like(z, gate, weight, bias, gamma),
 )
-_differentiable('residual', _residual_grad, _save_residual)
+_native.register_autograd('residual', _residual_grad, _save_residual)
 
 
 # log_decay: -exp(base + raw), in float32 at least ---------------------------------------------------------------------
@@ -209,7 +204,7 @@ _register(
     _log_decay_backward,
     lambda g, w, dtype: (w.new_empty(w.shape, dtype=dtype), w.new_empty(w.shape[-1])),
 )
-_differentiable('log_decay', _log_decay_grad, _save_log_decay)
+_native.register_autograd('log_decay', _log_decay_grad, _save_log_decay)
 
 
 # norm_gate: GroupNorm(y) * silu(gate), the groups being heads of the channels -----------------------------------------
@@ -261,4 +256,4 @@ _register(
     _norm_gate_backward,
     lambda g, y, gate, weight, bias, heads, eps: _like(y, gate, weight, bias),
 )
-_differentiable('norm_gate', _norm_gate_grad, _save_norm_gate)
+_native.register_autograd('norm_gate', _norm_gate_grad, _save_norm_gate)

@@ -153,8 +153,7 @@ def _backward(ctx, g: Tensor) -> tuple:
     return gx, gmixes, None if delta is None else gdelta, gweight, gbias, None, *[None] * 6
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_save)
-torch.library.register_autograd(f'{_NAME}_backward', _native.refuse_second_derivative('q_shift'))
+_native.register_autograd('q_shift', _backward, _save)
 
 
 class Norm(NamedTuple):

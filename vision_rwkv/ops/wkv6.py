@@ -45,8 +45,7 @@ def _backward(ctx, gy: Tensor) -> tuple[Tensor, ...]:
     return torch.ops.vision_rwkv.wkv6_backward(*ctx.saved_tensors, gy)
 
 
-torch.library.register_autograd(_NAME, _backward, setup_context=_save)
-torch.library.register_autograd(f'{_NAME}_backward', _native.refuse_second_derivative('wkv6'))
+_native.register_autograd('wkv6', _backward, _save)
 
 
 def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:

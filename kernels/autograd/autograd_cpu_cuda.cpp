@@ -1,0 +1,245 @@
+// What vision_rwkv/ops registers with torch.library.register_autograd, for every device, without the 100 microseconds a
+// call that Python's way costs: the gradients of the operators, and that operators `*_backward` have none.
+
+#include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/library.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace vision_rwkv {
+namespace {
+
+using at::Tensor;
+using c10::DispatchKeySet;
+using c10::IValue;
+using c10::OperatorHandle;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using torch::jit::Stack;
+using Values = std::vector<IValue>;
+
+// Arguments and results of any operator lie on a stack.
+
+// The tensors among the values, one after the other; those not given left out.
+variable_list tensors(c10::ArrayRef<IValue> values) {
+    variable_list out;
+    for (const IValue& value : values) {
+        if (value.isTensor()) {
+            out.push_back(value.toTensor());
+        } else if (value.isTensorList()) {
+            for (const Tensor& x : value.toTensorVector()) out.push_back(x);
+        }
+    }
+    return out;
+}
+
+// The values with their tensors replaced by those of `given`, in order, or by undefined ones.
+Values with_tensors(c10::ArrayRef<IValue> values, const variable_list& given) {
+    size_t used = 0;
+    const auto next = [&] { return used < given.size() ? given[used++] : Tensor(); };
+    Values out;
+    out.reserve(values.size());
+    for (const IValue& value : values) {
+        if (value.isTensor()) {
+            out.emplace_back(next());
+        } else if (value.isTensorList()) {
+            c10::List<Tensor> list;
+            for (size_t i = 0; i < value.toListRef().size(); ++i) list.push_back(next());
+            out.emplace_back(std::move(list));
+        } else {
+            out.push_back(value);
+        }
+    }
+    return out;
+}
+
+c10::ArrayRef<IValue> arguments(const OperatorHandle& op, const Stack& stack) {
+    return torch::jit::last(stack, op.schema().arguments().size());
+}
+
+// Whether autograd has to know of a call with these tensors.
+bool recorded(const variable_list& inputs) {
+    return at::GradMode::is_enabled() && torch::autograd::any_variable_requires_grad(inputs);
+}
+
+void run(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+// Runs the operator for a Function; the tensors it returns.
+variable_list results(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    run(op, keys, stack);
+    return tensors(torch::jit::last(*stack, op.schema().returns().size()));
+}
+
+// Gradients, each a Function whose arguments are the tensors given to the operator, then the operator and its call.
+constexpr size_t NO_TENSORS = 3;  // op, keys and stack, which have no gradient
+
+// `name`_backward takes the gradient and the first arguments of `name`, which are saved, and returns a gradient for the
+// first of them each. That of several mixes is one tensor.
+struct Usual : torch::autograd::Function<Usual> {
+    static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const OperatorHandle& op,
+                                 DispatchKeySet keys, Stack* stack) {
+        ctx->saved_data["backward"] = op.operator_name().name + "_backward";
+        ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(with_tensors(arguments(op, *stack), {}));
+        ctx->save_for_backward(inputs.vec());
+        return results(op, keys, stack);
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+        const auto op =
+            c10::Dispatcher::singleton().findSchemaOrThrow(ctx->saved_data["backward"].toStringRef().c_str(), "");
+        const auto saved = ctx->saved_data["arguments"].toTuple();
+        const Values given = with_tensors(saved->elements(), ctx->get_saved_variables());
+        const auto& takes = op.schema().arguments();
+        Stack stack(given.begin(), given.begin() + static_cast<int64_t>(takes.size() - 1));
+        const bool in_front = takes[0].name() == "g", several = takes[0].type()->kind() == c10::TypeKind::ListType;
+        stack.insert(in_front ? stack.begin() : stack.end(), several ? IValue(g) : IValue(g[0]));
+        op.callBoxed(stack);
+        return spread(given, stack);
+    }
+
+ private:
+    static variable_list spread(const Values& given, const Stack& grads) {
+        variable_list out;
+        for (size_t i = 0; i < given.size(); ++i) {
+            const IValue grad = i < grads.size() ? grads[i] : IValue();
+            if (given[i].isTensor()) {
+                out.push_back(grad.isTensor() ? grad.toTensor() : Tensor());
+            } else if (given[i].isTensorList()) {
+                const variable_list xs = given[i].toTensorVector();
+                const variable_list parts = grad.isTensor() ? grad.toTensor().unbind() : grad.toTensorVector();
+                for (size_t j = 0; j < xs.size(); ++j) out.push_back(parts[j].view_symint(xs[j].sym_sizes()));
+            }
+        }
+        out.resize(out.size() + NO_TENSORS);
+        return out;
+    }
+};
+
+// Arguments x, z, gate, weight, bias, gamma, scale, eps, stats_eps. The gradient of x is that of the sum.
+struct Residual : torch::autograd::Function<Residual> {
+    static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const OperatorHandle& op,
+                                 DispatchKeySet keys, Stack* stack) {
+        const auto given = arguments(op, *stack);
+        const bool plain = given[2].isNone() && given[3].isNone() && given[5].isNone();
+        variable_list kept;
+        for (size_t i = plain ? 6 : 1; i < 7; ++i) kept.push_back(given[i].isNone() ? Tensor() : given[i].toTensor());
+        ctx->saved_data["plain"] = plain;
+        ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
+        ctx->saved_data["dtype"] = given[1].toTensor().scalar_type();
+        ctx->saved_data["eps"] = given[7];
+        ctx->save_for_backward(std::move(kept));
+        ctx->set_materialize_grads(false);
+        return results(op, keys, stack);
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+        variable_list out;
+        if (g[0].defined()) out = ctx->saved_data["plain"].toBool() ? plain(ctx, g[0]) : whole(ctx, g[0]);
+        out.resize(static_cast<size_t>(ctx->saved_data["inputs"].toInt()) + NO_TENSORS);
+        return out;
+    }
+
+ private:
+    static variable_list plain(AutogradContext* ctx, const Tensor& g) {
+        const Tensor scale = ctx->get_saved_variables()[0];
+        const Tensor gz = scale.defined() ? g * scale.to(g.scalar_type()).view({-1, 1, 1}) : g;
+        return {g, gz.to(ctx->saved_data["dtype"].toScalarType())};
+    }
+
+    static variable_list whole(AutogradContext* ctx, const Tensor& g) {
+        static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("vision_rwkv::residual_backward", "");
+        const variable_list saved = ctx->get_saved_variables();
+        Stack stack{g};
+        for (const Tensor& x : saved) stack.push_back(x.defined() ? IValue(x) : IValue());
+        stack.push_back(ctx->saved_data["eps"]);
+        op.callBoxed(stack);
+        variable_list out{g};
+        for (size_t i = 0; i < stack.size(); ++i)
+            if (saved[i].defined()) out.push_back(stack[i].toTensor());
+        return out;
+    }
+};
+
+// Arguments raw, base. It saves its result.
+struct LogDecay : torch::autograd::Function<LogDecay> {
+    static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const OperatorHandle& op,
+                                 DispatchKeySet keys, Stack* stack) {
+        ctx->saved_data["dtype"] = inputs[0].scalar_type();
+        ctx->saved_data["base_dtype"] = inputs[1].scalar_type();
+        ctx->saved_data["base_shape"] = inputs[1].sym_sizes();
+        variable_list out = results(op, keys, stack);
+        ctx->save_for_backward(out);
+        return out;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+        static const auto op = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("vision_rwkv::log_decay_backward", "")
+                                   .typed<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, at::ScalarType)>();
+        auto& data = ctx->saved_data;
+        const auto [graw, gbase] = op.call(g[0], ctx->get_saved_variables()[0], data["dtype"].toScalarType());
+        const Tensor shaped = gbase.view_symint(data["base_shape"].toSymIntVector());
+        variable_list out{graw, shaped.to(data["base_dtype"].toScalarType())};
+        out.resize(out.size() + NO_TENSORS);
+        return out;
+    }
+};
+
+template <typename Gradient>
+void differentiable(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    const variable_list inputs = tensors(arguments(op, *stack));
+    if (!recorded(inputs)) return run(op, keys, stack);
+    variable_list out = Gradient::apply(at::TensorList(inputs), op, keys, stack);
+    const size_t count = op.schema().returns().size();
+    Values values = with_tensors(torch::jit::last(*stack, count), out);
+    torch::jit::drop(*stack, count);
+    for (IValue& value : values) stack->push_back(std::move(value));
+}
+
+// An operator `name`_backward: its results say that there is no second derivative when one is asked for.
+void once(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
+    const variable_list inputs = tensors(arguments(op, *stack));
+    const bool refuse = recorded(inputs);
+    run(op, keys, stack);
+    if (!refuse) return;
+    std::string name = op.operator_name().name;
+    name = name.substr(name.find("::") + 2);
+    name.resize(name.rfind("_backward"));
+    const std::shared_ptr<torch::autograd::Node> node(
+        new torch::autograd::Error(
+            name + " has no second derivative: call backward() or torch.autograd.grad() without create_graph=True",
+            torch::autograd::collect_next_edges(inputs)),
+        torch::autograd::deleteNode);
+    torch::autograd::set_history(tensors(torch::jit::last(*stack, op.schema().returns().size())), node);
+}
+
+template <typename Gradient>
+void implement(torch::Library& m, const std::string& name) {
+    m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&differentiable<Gradient>>());
+    m.impl((name + "_backward").c_str(), torch::CppFunction::makeFromBoxedFunction<&once>());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vision_rwkv, Autograd, m) {
+    for (const char* name : {"bi_wkv", "wkv6", "q_shift", "mix_linear", "gated_linear", "squared_relu_linear", "gate",
+                             "squared_relu", "norm_gate"})
+        implement<Usual>(m, name);
+    implement<Residual>(m, "residual");
+    implement<LogDecay>(m, "log_decay");
+}
+
+}  // namespace vision_rwkv
