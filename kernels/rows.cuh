@@ -104,13 +104,13 @@ __device__ void row_stats(const float (&x)[kVec], bool active, int channels, flo
 struct Layout {
     int threads_x, threads_y;
     int blocks;
-    int64_t rows_a_block;  // a multiple of threads_y
+    int64_t rows_a_block;  // a multiple of threads_y * rows_a_thread
     dim3 block() const { return dim3(threads_x, threads_y); }
 };
 
 inline bool fits(int64_t channels, int vec) { return (channels + vec - 1) / vec <= kMaxThreads; }
 
-inline Layout layout(int64_t rows, int64_t channels, int vec, int blocks_a_processor) {
+inline Layout layout(int64_t rows, int64_t channels, int vec, int blocks_a_processor, int rows_a_thread = 1) {
     int device = 0, processors = 1;
     C10_CUDA_CHECK(cudaGetDevice(&device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
@@ -118,21 +118,21 @@ inline Layout layout(int64_t rows, int64_t channels, int vec, int blocks_a_proce
     out.threads_x = static_cast<int>(((channels + vec - 1) / vec + kWarp - 1) / kWarp * kWarp);
     out.threads_y = out.threads_x >= kBlock ? 1 : kBlock / out.threads_x;
     const int64_t most = static_cast<int64_t>(processors) * blocks_a_processor;
-    const int64_t groups = (rows + out.threads_y - 1) / out.threads_y;  // of threads_y rows
+    const int64_t group = static_cast<int64_t>(out.threads_y) * rows_a_thread, groups = (rows + group - 1) / group;
     const int64_t groups_a_block = (groups + most - 1) / most;
     out.blocks = static_cast<int>((groups + groups_a_block - 1) / groups_a_block);
-    out.rows_a_block = groups_a_block * out.threads_y;
+    out.rows_a_block = groups_a_block * group;
     return out;
 }
 
 // out[column] = the sum over `parts` rows of part (parts, columns), in a fixed order.
-constexpr int kSumThreadsY = 16;
+constexpr int kSumThreadsY = 32;
 __global__ static void sum_parts(const float* part, int parts, int columns, float* out) {
     __shared__ float sums[kSumThreadsY][kWarp];
     const int column = blockIdx.x * kWarp + threadIdx.x;
     float sum = 0;
     if (column < columns) {
-#pragma unroll 4
+#pragma unroll 8
         for (int row = threadIdx.y; row < parts; row += kSumThreadsY) {
             sum += part[static_cast<int64_t>(row) * columns + column];
         }

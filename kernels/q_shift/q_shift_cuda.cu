@@ -10,47 +10,46 @@ namespace q_shift {
 
 using namespace rows;
 
-constexpr int kMixes = 8;   // at most
-constexpr int kTokens = 4;  // of a thread in the forward pass, in flight together
-constexpr int kStay = 4;    // the direction of channels that are not shifted
-constexpr int kMaxShared = 48 * 1024;
-constexpr int kRowBuffer = 2 * kMaxThreads / kWarp;  // floats for row_sums
+constexpr int kMixes = 8;                                    // at most
+constexpr int kTokens = 4;                                   // of a thread in the forward pass, in flight together
+constexpr int kRows = 2;                                     // of a thread in the backward pass
+constexpr int kStay = 4;                                     // the direction of channels that are not shifted
+constexpr int kRowBuffer = 2 * kRows * kMaxThreads / kWarp;  // floats for row_sums
+static_assert(sizeof(float) * (kRowBuffer + (kMixes + 2) * kMaxThreads) <= 48 * 1024, "shared memory of a block");
+
+// The step from a thread's channels to their source; the channels of the token as far the other way come from here.
+struct Step {
+    bool horizontal;
+    int pixels, offset;  // along the axis, and in tokens; 0 for channels that stay
+    int limit;           // the axis has so many
+};
+
+struct Neighbours {
+    int offset;          // the source is so many tokens further, the taker as many before
+    bool source, taker;  // whether there are any
+};
 
 struct Place {
     int tokens, height, width, pixels, dim, borders[4];
 
-    __device__ int direction(int channel) const {
+    __device__ Step step(int channel) const {
         const int place = channel % dim;
         int direction = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) direction += place >= borders[i];
-        return direction;
+        const bool horizontal = direction < 2;
+        const int signed_pixels = direction == kStay ? 0 : direction % 2 ? pixels : -pixels;
+        return {horizontal, signed_pixels, horizontal ? signed_pixels : signed_pixels * width,
+                horizontal ? width : height};
     }
 
-    // How many tokens further the neighbour of token `position` is; false where there is none.
-    __device__ bool neighbour(int position, int direction, int& offset) const {
-        offset = 0;
-        if (direction == kStay || position >= height * width) return true;
-        const int row = position / width, column = position - row * width;
-        switch (direction) {
-            case 0:
-                offset = -pixels;
-                return column >= pixels;
-            case 1:
-                offset = pixels;
-                return column < width - pixels;
-            case 2:
-                offset = -pixels * width;
-                return row >= pixels;
-            default:
-                offset = pixels * width;
-                return row < height - pixels;
-        }
+    __device__ Neighbours neighbours(int position, const Step& step) const {
+        if (position >= height * width) return {0, true, true};
+        const int row = position / width, at = step.horizontal ? position - row * width : row;
+        const auto exists = [&](int place) { return place >= 0 && place < step.limit; };
+        return {step.offset, exists(at + step.pixels), exists(at - step.pixels)};
     }
 };
-
-// The direction in which a token's takers lie.
-__device__ __forceinline__ int opposite(int direction) { return direction == kStay ? kStay : direction ^ 1; }
 
 struct Args {
     int rows, channels, mixes;
@@ -94,7 +93,7 @@ template <typename X, typename Out, int kVec>
 __global__ void __launch_bounds__(kBlock) mix_tokens(const Args args, const X* x, const Out* delta, Out* out) {
     const int channel = (blockIdx.y * blockDim.x + threadIdx.x) * kVec;
     if (channel >= args.channels) return;
-    const int direction = args.place.direction(channel);
+    const Step step = args.place.step(channel);
     float weight[kVec], bias[kVec], own[kTokens][kVec], far[kTokens][kVec];
     load_parameter(args.weight, channel, 1.0f, weight);
     load_parameter(args.bias, channel, 0.0f, bias);
@@ -103,8 +102,7 @@ __global__ void __launch_bounds__(kBlock) mix_tokens(const Args args, const X* x
     for (int k = 0; k < kTokens; ++k) {
         const int row = first + k * blockDim.y;
         if (row >= args.rows) continue;
-        int offset;
-        const bool inside = args.place.neighbour(row % args.place.tokens, direction, offset);
+        const auto [offset, inside, taken] = args.place.neighbours(row % args.place.tokens, step);
         load_unit(args, x, row, channel, own[k]);
         if (inside) load_unit(args, x, row + offset, channel, far[k]);
 #pragma unroll
@@ -129,96 +127,181 @@ __global__ void __launch_bounds__(kBlock) mix_tokens(const Args args, const X* x
     }
 }
 
-// Gradients. The normalised token gets what its own results and those of the token that took it give; each block adds
-// up the gradients of mixes, weight and bias over its rows, in shared memory, into `part`.
-template <typename X, typename G, int kVec>
-__global__ void __launch_bounds__(kVec == 1 ? kMaxThreads : kBlock)
-    mix_tokens_backward(const Args args, int rows_a_block, const G* g, const X* x, const G* delta, X* gx, G* gdelta,
-                        float* part) {
+// Gradients. The normalised token gets what its own results and those of the token that took it give. A thread has
+// kRows tokens at a time, and asks for all it reads of them before it uses any; what is not there is read at the token
+// itself, and dropped. Each block adds up the gradients of mixes, weight and bias over its rows, in shared memory, into
+// `part`.
+
+// A thread's tokens of one round.
+template <int kVec>
+struct Tokens {
+    bool on[kRows], taken[kRows];
+    int64_t here[kRows], there[kRows];  // the first channel in x, or in the gradient of one mix: own, of the taker
+    float unit[kRows][kVec], apart[kRows][kVec], rstd[kRows], gn[kRows][kVec];
+};
+
+// Gradients of some of the mixes as they are read, and what is taken off the mixes.
+template <typename G, int kVec, bool kDelta>
+struct Upstream {
+    static constexpr int kCount = kDelta ? 2 : 3;
+    Pack<G, kVec> own[kCount][kRows], takers[kCount][kRows];
+    Pack<G, kVec> own_delta[kDelta ? kCount : 1][kRows], takers_delta[kDelta ? kCount : 1][kRows];
+
+    __device__ __forceinline__ void read(const Args& args, const G* g, const G* delta, int first,
+                                         const Tokens<kVec>& tokens) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            if (first + i >= args.mixes) break;
+            const int64_t plane = static_cast<int64_t>(first + i) * args.rows * args.channels;
+#pragma unroll
+            for (int k = 0; k < kRows; ++k) {
+                own[i][k] = *reinterpret_cast<const Pack<G, kVec>*>(g + plane + tokens.here[k]);
+                takers[i][k] = *reinterpret_cast<const Pack<G, kVec>*>(g + plane + tokens.there[k]);
+                if constexpr (kDelta) {
+                    own_delta[i][k] = *reinterpret_cast<const Pack<G, kVec>*>(delta + plane + tokens.here[k]);
+                    takers_delta[i][k] = *reinterpret_cast<const Pack<G, kVec>*>(delta + plane + tokens.there[k]);
+                }
+            }
+        }
+    }
+
+    // Adds to the tokens' gradients; `change` becomes the sum of the mix's gradient over the tokens.
+    __device__ __forceinline__ void use(int i, const float (&mix)[kVec], Tokens<kVec>& tokens, float (&change)[kVec],
+                                        G* gdelta) const {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) change[j] = 0;
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+            float off[kVec];
+#pragma unroll
+            for (int j = 0; j < kVec; ++j) {
+                const float grad = tokens.on[k] ? to_float(own[i][k].values[j]) : 0.0f;
+                const float taker = tokens.taken[k] ? to_float(takers[i][k].values[j]) : 0.0f;
+                float own_mix = mix[j], taker_mix = mix[j];
+                if constexpr (kDelta) {
+                    own_mix -= to_float(own_delta[i][k].values[j]);
+                    taker_mix -= to_float(takers_delta[i][k].values[j]);
+                }
+                tokens.gn[k][j] += grad * own_mix + taker * (1.0f - taker_mix);
+                off[j] = -grad * tokens.apart[k][j];
+                change[j] -= off[j];
+            }
+            if (kDelta && tokens.on[k]) store(gdelta + tokens.here[k], off);
+        }
+    }
+};
+
+// The tokens of a round, from `row` on in steps of the block's rows: places first, then what is read, then the rest.
+template <typename X, int kVec, typename Read>
+__device__ __forceinline__ void start(const Args& args, const X* x, int64_t row, int64_t last, const Step& step,
+                                      int channel, bool active, Tokens<kVec>& tokens, const Read& read_gradients) {
+    Pack<X, kVec> own[kRows], far[kRows];
+    float2 stats[kRows], far_stats[kRows];
+    bool inside[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+        const int here = static_cast<int>(min(row + k * blockDim.y, last - 1));
+        const Neighbours found = args.place.neighbours(here % args.place.tokens, step);
+        const int source = here + (found.source ? found.offset : 0), taker = here - (found.taker ? found.offset : 0);
+        inside[k] = found.source;
+        tokens.on[k] = active && row + k * blockDim.y < last;
+        tokens.taken[k] = tokens.on[k] && found.taker;
+        tokens.here[k] = static_cast<int64_t>(here) * args.channels + channel;
+        tokens.there[k] = static_cast<int64_t>(taker) * args.channels + channel;
+        own[k] = *reinterpret_cast<const Pack<X, kVec>*>(x + tokens.here[k]);
+        far[k] = *reinterpret_cast<const Pack<X, kVec>*>(x + static_cast<int64_t>(source) * args.channels + channel);
+        const float2* all = reinterpret_cast<const float2*>(args.stats);
+        stats[k] = all ? all[here] : make_float2(0, 1);
+        far_stats[k] = all ? all[source] : make_float2(0, 1);
+    }
+    read_gradients();
+    float weight[kVec], bias[kVec];
+    load_parameter(args.weight, channel, 1.0f, weight);
+    load_parameter(args.bias, channel, 0.0f, bias);
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+        tokens.rstd[k] = stats[k].y;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            tokens.unit[k][j] = (to_float(own[k].values[j]) - stats[k].x) * stats[k].y;
+            const float unit = (to_float(far[k].values[j]) - far_stats[k].x) * far_stats[k].y;
+            tokens.apart[k][j] = tokens.unit[k][j] * weight[j] + bias[j] - (inside[k] ? unit * weight[j] + bias[j] : 0);
+            tokens.gn[k][j] = 0;
+        }
+    }
+}
+
+// From the gradients of the normalised tokens to those of the tokens; those of weight and bias are added to `mine`.
+template <int kVec>
+__device__ __forceinline__ void norm_backward(const Args& args, int channel, bool active, Tokens<kVec>& tokens,
+                                              float* mine, float* buffer) {
+    float weight[kVec], gweight[kVec] = {}, gbias[kVec] = {}, sums[2 * kRows] = {};
+    load_parameter(args.weight, channel, 1.0f, weight);
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            gweight[j] += tokens.gn[k][j] * tokens.unit[k][j];
+            gbias[j] += tokens.gn[k][j];
+            tokens.gn[k][j] *= weight[j];
+            sums[2 * k] += tokens.gn[k][j];
+            sums[2 * k + 1] += tokens.gn[k][j] * tokens.unit[k][j];
+        }
+    }
+    if (active) {
+        add_to_column(mine, gweight);
+        add_to_column(mine + args.channels, gbias);
+    }
+    row_sums(sums, buffer);
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+        const float mean = sums[2 * k] / args.channels, along = sums[2 * k + 1] / args.channels;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) {
+            tokens.gn[k][j] = tokens.rstd[k] * (tokens.gn[k][j] - mean - tokens.unit[k][j] * along);
+        }
+    }
+}
+
+template <typename X, typename G, int kVec, bool kDelta>
+__global__ void __launch_bounds__(kVec == 1 ? kMaxThreads : kBlock, kVec == 1 ? 1 : 2)
+    mix_tokens_backward(const Args args, int64_t rows_a_block, const G* __restrict__ g, const X* __restrict__ x,
+                        const G* __restrict__ delta, X* __restrict__ gx, G* __restrict__ gdelta, float* part) {
     extern __shared__ float4 shared[];
     float* buffer = reinterpret_cast<float*>(shared);
     float* columns = buffer + kRowBuffer;
-    const int channel = threadIdx.x * kVec, slots = args.mixes + (args.stats ? 2 : 0);
-    const bool active = channel < args.channels;
+    const bool active = threadIdx.x * kVec < args.channels;
+    const int channel = active ? threadIdx.x * kVec : 0, slots = args.mixes + (args.stats ? 2 : 0);
+    const int64_t plane = static_cast<int64_t>(args.rows) * args.channels;
     float* mine = columns + threadIdx.y * slots * args.channels + channel;
-    float weight[kVec], bias[kVec];
-    int direction = kStay;
     if (active) {
-        direction = args.place.direction(channel);
-        load_parameter(args.weight, channel, 1.0f, weight);
-        load_parameter(args.bias, channel, 0.0f, bias);
-        for (int slot = 0; slot < slots; ++slot) {
-            for (int j = 0; j < kVec; ++j) mine[slot * args.channels + j] = 0;
-        }
+        const float zeros[kVec] = {};
+        for (int slot = 0; slot < slots; ++slot) store(mine + slot * args.channels, zeros);
     }
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * rows_a_block;
+    const Step step = args.place.step(channel);
+    const int64_t first = blockIdx.x * rows_a_block;
     const int64_t last = min(first + rows_a_block, static_cast<int64_t>(args.rows));
-    for (int64_t base = first; base < last; base += blockDim.y) {
-        const int row = static_cast<int>(base) + threadIdx.y;
-        const bool on = active && row < last;
-        float unit[kVec], far[kVec], apart[kVec], gn[kVec], sums[2] = {0, 0};
-        if (on) {
-            int offset, taker;
-            const int position = row % args.place.tokens;
-            const bool inside = args.place.neighbour(position, direction, offset);
-            const bool taken = args.place.neighbour(position, opposite(direction), taker);
-            load_unit(args, x, row, channel, unit);
-            if (inside) load_unit(args, x, row + offset, channel, far);
+    for (int64_t base = first; base < last; base += kRows * blockDim.y) {
+        Tokens<kVec> tokens;
+        Upstream<G, kVec, kDelta> upstream;
+        start(args, x, base + threadIdx.y, last, step, channel, active, tokens,
+              [&] { upstream.read(args, g, delta, 0, tokens); });
+        for (int i = 0; i < args.mixes; i += upstream.kCount) {
+            if (i) upstream.read(args, g, delta, i, tokens);
 #pragma unroll
-            for (int j = 0; j < kVec; ++j) {
-                apart[j] = unit[j] * weight[j] + bias[j] - (inside ? far[j] * weight[j] + bias[j] : 0.0f);
-                gn[j] = 0;
-            }
-            for (int i = 0; i < args.mixes; ++i) {
-                float constant[kVec], mix[kVec], grad[kVec], change[kVec];
-                load(args.mix[i] + channel, constant);
-                const int64_t at = (static_cast<int64_t>(i) * args.rows + row) * args.channels + channel;
-                load_mix(constant, delta, at, mix);
-                load(g + at, grad);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    gn[j] += grad[j] * mix[j];
-                    change[j] = grad[j] * apart[j];
-                }
-                add_to_column(mine + i * args.channels, change);
-                if (gdelta) {
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) change[j] = -change[j];
-                    store(gdelta + at, change);
-                }
-                if (taken) {
-                    const int64_t there = at + static_cast<int64_t>(taker) * args.channels;
-                    load_mix(constant, delta, there, mix);
-                    load(g + there, grad);
-#pragma unroll
-                    for (int j = 0; j < kVec; ++j) gn[j] += grad[j] * (1.0f - mix[j]);
-                }
+            for (int j = 0; j < upstream.kCount; ++j) {
+                if (i + j >= args.mixes) break;
+                float mix[kVec], change[kVec];
+                load(args.mix[i + j] + channel, mix);
+                upstream.use(j, mix, tokens, change, kDelta ? gdelta + (i + j) * plane : nullptr);
+                if (active) add_to_column(mine + (i + j) * args.channels, change);
             }
         }
-        if (args.stats) {
-            if (on) {
-                float change[kVec];
+        if (args.stats) norm_backward(args, channel, active, tokens, mine + args.mixes * args.channels, buffer);
 #pragma unroll
-                for (int j = 0; j < kVec; ++j) change[j] = gn[j] * unit[j];
-                add_to_column(mine + args.mixes * args.channels, change);
-                add_to_column(mine + (args.mixes + 1) * args.channels, gn);
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    gn[j] *= weight[j];
-                    sums[0] += gn[j];
-                    sums[1] += gn[j] * unit[j];
-                }
-            }
-            row_sums(sums, buffer);
-            if (on) {
-                const float rstd = args.stats[2 * static_cast<int64_t>(row) + 1];
-#pragma unroll
-                for (int j = 0; j < kVec; ++j) {
-                    gn[j] = rstd * (gn[j] - (sums[0] + unit[j] * sums[1]) / args.channels);
-                }
-            }
+        for (int k = 0; k < kRows; ++k) {
+            if (tokens.on[k]) store(gx + tokens.here[k], tokens.gn[k]);
         }
-        if (on) store(gx + static_cast<int64_t>(row) * args.channels + channel, gn);
     }
     write_columns(columns, slots * args.channels, part);
 }
@@ -337,6 +420,26 @@ Tensor q_shift_cuda(const Tensor& x, at::TensorList mixes, const MaybeTensor& de
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Runs the kernel on as many blocks as the device holds at a time; `columns` (slots, C) get the parameters' sums.
+template <typename X, typename G, int kVec, bool kDelta>
+void launch_backward(const Input& in, const Tensor& g, const Tensor& gx, const Tensor& gdelta, const Tensor& columns) {
+    const auto kernel = mix_tokens_backward<X, G, kVec, kDelta>;
+    const Layout block = layout(in.args.rows, in.args.channels, kVec, 1);
+    const size_t bytes = sizeof(float) * (kRowBuffer + block.threads_y * columns.numel());
+    int resident = 0;
+    C10_CUDA_CHECK(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, block.threads_x * block.threads_y, bytes));
+    const Layout how = layout(in.args.rows, in.args.channels, kVec, std::max(resident, 1), kRows);
+    const Tensor part = new_floats(columns, {how.blocks, columns.numel()});
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    kernel<<<how.blocks, how.block(), bytes, stream>>>(
+        in.args, how.rows_a_block, data<G>(g), data<X>(in.x), data<G>(in.delta), mutable_data<X>(gx),
+        kDelta ? mutable_data<G>(gdelta) : nullptr, part.mutable_data_ptr<float>());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_sum_parts(part.const_data_ptr<float>(), how.blocks, columns.numel(), columns.mutable_data_ptr<float>(),
+                     stream);
+}
+
 // The gradients of mixes, weight and bias from the sums of all blocks, (slots, C).
 Five gradients(const Tensor& gx, const Tensor& gdelta, const Tensor& columns, at::TensorList mixes,
                const MaybeTensor& weight, const MaybeTensor& bias) {
@@ -357,9 +460,7 @@ Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixe
                     g.device() == x.device(),
                 "q_shift: the gradient must have shape (mixes, B, T, C), got ", g.sizes());
     const int64_t channels = x.size(2), slots = static_cast<int64_t>(mixes.size()) + (stats ? 2 : 0);
-    const bool fours = x.numel() == 0 || runs_here(x, g.scalar_type(), mixes, delta);
-    const int64_t shared = sizeof(float) * (kRowBuffer + slots * channels);  // for one row at a time
-    if (x.numel() != 0 && (!fours || shared > kMaxShared)) {
+    if (x.numel() != 0 && !runs_here(x, g.scalar_type(), mixes, delta)) {
         auto stack = stack_of(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
         stack.insert(stack.begin(), g);
         call_pytorch("vision_rwkv::q_shift_backward", stack);
@@ -375,19 +476,8 @@ Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixe
     for_types(x.scalar_type(), g.scalar_type(), in.vectors, [&](auto token, auto result, auto vec) {
         using X = decltype(token);
         using G = decltype(result);
-        Layout how = layout(in.args.rows, channels, vec, 4);
-        while (how.threads_y > 1 && sizeof(float) * (kRowBuffer + how.threads_y * slots * channels) > kMaxShared) {
-            how.threads_y /= 2;  // rows_a_block stays a multiple
-        }
-        const size_t bytes = sizeof(float) * (kRowBuffer + how.threads_y * slots * channels);
-        const Tensor part = new_floats(x, {how.blocks, slots, channels});
-        const auto stream = c10::cuda::getCurrentCUDAStream();
-        mix_tokens_backward<X, G, vec><<<how.blocks, how.block(), bytes, stream>>>(
-            in.args, static_cast<int>(how.rows_a_block), data<G>(grad), data<X>(in.x), data<G>(in.delta),
-            mutable_data<X>(gx), delta ? mutable_data<G>(gdelta) : nullptr, part.mutable_data_ptr<float>());
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
-        launch_sum_parts(part.const_data_ptr<float>(), how.blocks, slots * channels, columns.mutable_data_ptr<float>(),
-                         stream);
+        const auto launch = in.delta.defined() ? launch_backward<X, G, vec, true> : launch_backward<X, G, vec, false>;
+        launch(in, grad, gx, gdelta, columns);
     });
     return gradients(gx, gdelta, columns, mixes, weight, bias);
 }
