@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fused_cases import SIZES, cases
+from op_cases import OPERATORS, bi_wkv_inputs, wkv6_inputs
 
 from vision_rwkv.ops import implementation
 
@@ -21,6 +23,28 @@ for dtype in (torch.float32, torch.float64):
         assert_equals_definition('bi_wkv', OPERATORS['bi_wkv'], bi_wkv_inputs(2, 131, c), dtype, 'cpu')
     for n in (5, 64):
         assert_equals_definition('wkv6', OPERATORS['wkv6'], wkv6_inputs(1, 67, 3, n), dtype, 'cpu')
+"""
+
+GRADIENTS = """
+import sys, torch
+sys.path.insert(0, 'tests/ops')
+from fused_cases import SIZES, cases, check
+from op_cases import assert_equals_definition, bi_wkv_inputs, wkv6_inputs, OPERATORS
+assert_equals_definition('bi_wkv', OPERATORS['bi_wkv'], bi_wkv_inputs(2, 9, 3), torch.float64, 'cpu')
+assert_equals_definition('wkv6', OPERATORS['wkv6'], wkv6_inputs(1, 9, 2, 4), torch.float64, 'cpu')
+for name, case in cases(SIZES['heads']).items():
+    check(case, 'float64', 'cpu')
+    if name == 'residual_plain':
+        continue
+    leaves = [x.detach().requires_grad_() for x in case.inputs.values()]
+    total = sum(y.sum() for y in case.op(*leaves))
+    (grad,) = torch.autograd.grad(total, leaves[-1], create_graph=True)
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        assert 'has no second derivative' in str(error), error
+    else:
+        raise SystemExit(f'{name} has a second derivative')
 """
 
 
@@ -67,6 +91,24 @@ assert 'VISION_RWKV_NATIVE=0' in said[0] and 'pip install' in said[0], said
 """
     done = python(code, VISION_RWKV_NATIVE='0')
     assert done.returncode == 0, done.stderr
+
+
+def test_gradients_without_native_code():
+    done = python(GRADIENTS, VISION_RWKV_NATIVE='0')
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='no C++ compiler to have built native code with')
+def test_native_code_registers_the_gradients():
+    """Python's way costs 100 microseconds a call."""
+    found = cases(SIZES['heads'])
+    calls = {name: (found[name].op, found[name].inputs) for name in found}
+    calls['bi_wkv'] = OPERATORS['bi_wkv'], bi_wkv_inputs(1, 3, 2)
+    calls['wkv6'] = OPERATORS['wkv6'], wkv6_inputs(1, 3, 1, 2)
+    for name, (op, inputs) in calls.items():
+        results = op(*(x.detach().requires_grad_() for x in inputs.values()))
+        first = results if isinstance(results, torch.Tensor) else results[0]
+        assert 'vision_rwkv::' in first.grad_fn.name(), name
 
 
 @pytest.fixture
