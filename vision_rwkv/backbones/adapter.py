@@ -63,7 +63,7 @@ def sampling(queries: Sequence[Size], values: Sequence[Size], device: torch.devi
     return Sampling(torch.cat(points)[None, :, None], torch.tensor(values).to(device), starts.to(device))
 
 
-def make_attention(dim: int, levels: int, points: int, heads: int, ratio: float) -> nn.Module:
+def make_attention(dim: int, levels: int, points: int, heads: int, ratio: float) -> Any:
     """mmcv's deformable attention for tokens (B, T, dim). Raises ImportError where its operators are missing."""
     try:
         from mmcv.ops import MultiScaleDeformableAttention
@@ -77,7 +77,7 @@ def make_attention(dim: int, levels: int, points: int, heads: int, ratio: float)
     )
 
 
-def attend(attention: nn.Module, query: Tensor, value: Tensor, identity: Tensor, where: Sampling) -> Tensor:
+def attend(attention: Any, query: Tensor, value: Tensor, identity: Tensor, where: Sampling) -> Tensor:
     """``identity`` + attention of query (B, Tq, C) on value (B, Tv, C): (B, Tq, C).
 
     In the dtype of the weights even under autocast: mmcv's kernel has no bfloat16.
@@ -302,7 +302,7 @@ class Adapter(Backbone):
             if name.endswith('.attn'):
                 module.init_weights()  # mmcv's own: no offsets learned yet, points on a ring
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]  # maps alone, no class token
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Images (B, in_channels, H, W) -> maps (B, C, h, w) of strides 4, 8, 16, 32; h and w rounded up.
 
         Any size: the image is padded with zeros at the bottom and right to whole strides of 32, and the maps are cut

@@ -1,0 +1,34 @@
+"""ADE20K: crops of 512 to train, 2 images per process; the short side at 512 to test, or six sizes with --tta."""
+
+# Not mmseg::, which looks for MMSegmentation under the name of a distribution that is no longer maintained.
+_base_ = __import__('mmseg').__path__[0] + '/.mim/configs/_base_/datasets/ade20k.py'
+
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=32),
+    dict(type='LoadAnnotations', reduce_zero_label=True),  # not resized: predictions are resized to it
+    dict(type='PackSegInputs'),
+]
+# Workers start anew with each pass over the data.
+train_dataloader = dict(batch_size=2, persistent_workers=False)
+val_dataloader = dict(persistent_workers=False, dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(persistent_workers=False, dataset=dict(pipeline=test_pipeline))
+
+tta_model = dict(type='SegTTAModel')
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [
+                dict(type='Resize', scale=(int(2048 * r), int(512 * r)), keep_ratio=True)
+                for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [dict(type='ResizeToMultiple', size_divisor=32)],
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [dict(type='LoadAnnotations', reduce_zero_label=True)],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]

@@ -1,0 +1,23 @@
+"""A small UperNet on scenes of handwritten digits: the demo, minutes on two CPU cores."""
+
+_base_ = [
+    '../_base_/models/upernet.py',
+    '../_base_/datasets/digits.py',
+    '../_base_/default_runtime.py',
+    '../_base_/schedules/adamw_digits.py',
+]
+
+model = dict(
+    data_preprocessor=dict(size=(160, 160)),
+    backbone=dict(
+        img_size=160,
+        embed_dims=96,
+        depth=4,
+        init_values=1.0,
+        conv_inplane=32,
+        interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
+    ),
+    decode_head=dict(in_channels=[96, 96, 96, 96], channels=64, num_classes=11),
+    auxiliary_head=dict(in_channels=96, channels=32, num_classes=11),
+    test_cfg=dict(_delete_=True, mode='whole'),
+)
