@@ -47,7 +47,12 @@ def write_classification(folder: Path, scenes: int) -> None:
             path = folder / side / str(label) / f'{name}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(path)
-    (folder / 'classes.txt').write_text('\n'.join(CLASSES) + '\n')
+    write_classes(folder, CLASSES)
+
+
+def write_classes(folder: Path, classes: list[str]) -> None:
+    """classes.txt: a name a line."""
+    (folder / 'classes.txt').write_text('\n'.join(classes) + '\n')
 
 
 def make_scenes(scenes: int) -> Iterator[tuple]:
@@ -88,6 +93,7 @@ def write_detection(folder: Path, scenes: int) -> None:
     (folder / 'annotations').mkdir()
     for side, contents in files.items():
         (folder / f'annotations/instances_{side}.json').write_text(json.dumps(contents))
+    write_classes(folder, CLASSES)
 
 
 def write_segmentation(folder: Path, scenes: int) -> None:
@@ -101,6 +107,7 @@ def write_segmentation(folder: Path, scenes: int) -> None:
         path = folder / 'annotations' / splits[side] / f'{number:04d}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(labels).save(path)
+    write_classes(folder, ['background', *CLASSES])
 
 
 def save_jpeg(picture: np.ndarray, path: Path) -> None:

@@ -15,7 +15,6 @@ train_dataloader = dict(batch_size=2, persistent_workers=False)
 val_dataloader = dict(persistent_workers=False, dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(persistent_workers=False, dataset=dict(pipeline=test_pipeline))
 
-tta_model = dict(type='SegTTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
