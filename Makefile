@@ -48,8 +48,11 @@ install-classification: $(VENV)/.classification $(VENV)/.native-demo  ## classif
 demo: install-classification  ## train and test a small classifier on handwritten digits; MODEL=vrwkv6 for the other one
 	tools/demo.sh $(BIN)/python $(MODEL)
 
-demo-detection demo-segmentation: demo-%: install  ## the same for scenes of several digits, a quarter of an hour each
-	tools/demo_dense.sh $(BIN)/python $*
+demo-detection: install  ## find digits in cluttered scenes, a quarter of an hour
+	tools/demo_dense.sh $(BIN)/python detection
+
+demo-segmentation: install  ## label their pixels, a quarter of an hour
+	tools/demo_dense.sh $(BIN)/python segmentation
 
 test: install  ## the test suite
 	$(BIN)/python -m pytest -m 'not slow'

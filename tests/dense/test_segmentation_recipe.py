@@ -7,7 +7,7 @@ from dense_configs import DIGITS, SEGMENTATION, load, on_meta
 from mmcv.transforms import Compose
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
-from mmseg.registry import MODELS, TRANSFORMS
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 from recipes import rates, steps_of
 
@@ -51,12 +51,12 @@ def test_data(name):
     loader = cfg.train_dataloader
     assert loader.batch_size == 2 and cfg.auto_scale_lr.base_batch_size == 16
     assert (loader.dataset.type, loader.sampler.type) == ('ADE20KDataset', 'InfiniteSampler')
+    assert DATASETS.build({**loader.dataset, 'lazy_init': True}).reduce_zero_label
     steps = steps_of(loader.dataset.pipeline)
     expected = ['LoadImageFromFile', 'LoadAnnotations', 'RandomResize', 'RandomCrop', 'RandomFlip']
     assert list(steps) == [*expected, 'PhotoMetricDistortion', 'PackSegInputs']
     assert (steps['RandomResize'].scale, steps['RandomResize'].ratio_range) == ((2048, 512), (0.5, 2.0))
     assert (steps['RandomCrop'].crop_size, steps['RandomCrop'].cat_max_ratio) == ((512, 512), 0.75)
-    assert steps['LoadAnnotations'].reduce_zero_label
     assert cfg.val_evaluator == {'type': 'IoUMetric', 'iou_metrics': ['mIoU']}
     assert not any(each.persistent_workers for each in (loader, cfg.val_dataloader, cfg.test_dataloader))
 

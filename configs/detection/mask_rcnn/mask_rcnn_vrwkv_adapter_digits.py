@@ -10,13 +10,15 @@ _base_ = [
 model = dict(
     backbone=dict(
         img_size=160,
-        embed_dims=96,
+        embed_dims=64,
         depth=4,
         init_values=1.0,
         conv_inplane=32,
+        deform_num_heads=2,
+        deform_ratio=0.5,
         interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
     ),
-    neck=dict(in_channels=[96, 96, 96, 96], out_channels=64, num_outs=4),
+    neck=dict(in_channels=[64, 64, 64, 64], out_channels=64, num_outs=4),
     rpn_head=dict(
         in_channels=64,
         feat_channels=64,

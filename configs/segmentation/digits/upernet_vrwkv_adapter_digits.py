@@ -11,13 +11,15 @@ model = dict(
     data_preprocessor=dict(size=(160, 160)),
     backbone=dict(
         img_size=160,
-        embed_dims=96,
+        embed_dims=64,
         depth=4,
         init_values=1.0,
         conv_inplane=32,
+        deform_num_heads=2,
+        deform_ratio=0.5,
         interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
     ),
-    decode_head=dict(in_channels=[96, 96, 96, 96], channels=64, num_classes=11),
-    auxiliary_head=dict(in_channels=96, channels=32, num_classes=11),
+    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11),
+    auxiliary_head=dict(in_channels=64, channels=32, num_classes=11),
     test_cfg=dict(_delete_=True, mode='whole'),
 )

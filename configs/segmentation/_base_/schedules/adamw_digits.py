@@ -1,4 +1,4 @@
-"""Minutes on two CPU cores: 2000 iterations at a global batch of 8, float32 (--amp: float16, on a GPU)."""
+"""Minutes on two CPU cores: 1000 iterations at a global batch of 8, float32 (--amp: float16, on a GPU)."""
 
 optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
@@ -9,10 +9,10 @@ optim_wrapper = dict(
 
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=100),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=2000),
+    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=100, end=1000),
 ]
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=2000, val_interval=500)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1000, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
