@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, init_default_scope  # noqa: E402
 from mmengine.structures import InstanceData, PixelData  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from tools.cli import check_amp  # noqa: E402
+from tools.cli import check_amp, check_file, run  # noqa: E402
 
 OBJECTS = 10  # in an image
 IGNORED = 255
@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument('--iterations', type=int, default=10, help='timed ones (%(default)s), after three to warm up')
     args = parser.parse_args()
 
+    check_file(args.config, 'config')
     cfg = Config.fromfile(args.config)
     init_default_scope(cfg.default_scope)
     check_amp(cfg)
@@ -113,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run(main)

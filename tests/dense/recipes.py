@@ -10,6 +10,7 @@ def rates(schedulers: list[dict], lr: float, iterations: int, per_epoch: int | N
     built = []
     for config in map(dict, schedulers):
         cls = PARAM_SCHEDULERS.get(config.pop('type'))
+        config.pop('_scope_', None)  # of a base that is MMDetection's own
         by_epoch = config.get('by_epoch', True)
         if config.pop('convert_to_iter_based', False):
             built.append((cls.build_iter_from_epoch(optimizer=optimizer, epoch_length=per_epoch, **config), False))

@@ -43,6 +43,15 @@ def test_layouts(layout, classifier, tmp_path):
     assert loaded.misshapen == []
 
 
+def test_url(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path / 'cache'))
+    torch.save({'state_dict': classifier}, tmp_path / 'start.pth')
+    for _ in range(2):  # the second time from the cache
+        loaded = load_backbone(VRWKVAdapter(**SMALL, conv_inplane=8), (tmp_path / 'start.pth').as_uri())
+        assert loaded.misshapen == [] and 'ln1.weight' in loaded.unexpected
+        (tmp_path / 'start.pth').unlink(missing_ok=True)
+
+
 def test_shapes_that_differ_are_named(classifier, tmp_path):
     torch.save(classifier, tmp_path / 'start.pth')
     model = VRWKVAdapter(**{**SMALL, 'img_size': 96}, conv_inplane=8)
@@ -72,7 +81,7 @@ def test_init_cfg(name, tmp_path, monkeypatch):
     cfg, said = load(name).cfg, []
     monkeypatch.setattr('dense.backbones.print_log', lambda message, logger: said.append(message))
     torch.manual_seed(1)
-    plain = VRWKV(embed_dims=96, depth=4, img_size=160, init_values=0.5)
+    plain = VRWKV(embed_dims=64, depth=4, img_size=160, init_values=0.5)
     torch.save(
         {'state_dict': {f'backbone.{key}': value for key, value in plain.state_dict().items()}}, tmp_path / 'a.pth'
     )

@@ -24,12 +24,21 @@ def backbone_tensors(contents: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix('module.').removeprefix('backbone.'): value for name, value in tensors.items()}
 
 
+def read_checkpoint(path: str | Path) -> Any:
+    """What a checkpoint file holds; one at a URL is downloaded into torch.hub's cache, once."""
+    if '://' in str(path):
+        return torch.hub.load_state_dict_from_url(str(path), map_location='cpu', weights_only=False)
+    return torch.load(path, map_location='cpu', weights_only=False)
+
+
 def load_backbone(model: nn.Module, path: str | Path) -> Loaded:
     """Copy into ``model``, a backbone or an adapter, the tensors of a checkpoint that it has by name and shape.
 
+    path: a file or a URL.
+
     Raises FileNotFoundError, or ValueError where nothing fits: the model is then unchanged.
     """
-    contents = torch.load(path, map_location='cpu', weights_only=False)
+    contents = read_checkpoint(path)
     if not isinstance(contents, Mapping):
         raise ValueError(f'{path}: expected a dict of tensors, got {type(contents).__name__}')
     tensors = backbone_tensors(contents)
