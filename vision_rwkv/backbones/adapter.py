@@ -28,15 +28,19 @@ TOKEN_MAPS = ('final', 'stages')
 Size = tuple[int, int]
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(nn.BatchNorm2d):
     """Batch norm over the images of all processes on GPUs; over those of this process on a CPU.
 
-    PyTorch's refuses to train in processes on a CPU. The tensors are the same either way.
+    PyTorch's own refuses to train on a CPU, and so does DistributedDataParallel with it: hence not a kind of it, but
+    one that does what it does. The tensors are the same either way.
     """
+
+    process_group = None  # all processes
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
-        return super().forward(x) if x.is_cuda else nn.modules.batchnorm._BatchNorm.forward(self, x)
+        return nn.SyncBatchNorm.forward(self, x) if x.is_cuda else super().forward(x)  # type: ignore[arg-type]
 
 
 class Sampling(NamedTuple):
