@@ -21,7 +21,7 @@ from PIL import Image  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
 SIZE = 32  # pixels a side of the pictures written; the originals have 8
-SCENES = 600  # to train on; a sixth as many for validation
+SCENES = 800  # to train on; an eighth as many for validation
 CLASSES = [str(digit) for digit in range(10)]
 MARKER = 'made_by_make_digits.txt'
 
@@ -60,7 +60,7 @@ def make_scenes(scenes: int) -> Iterator[tuple]:
     from tools.scenes import scenes as compose_scenes  # needs scikit-image, which classification does without
 
     for side, digits in split_digits().items():
-        count = scenes if side == 'train' else max(1, scenes // 6)
+        count = scenes if side == 'train' else max(1, scenes // 8)
         for number, scene in enumerate(compose_scenes(side, count, [digit[1:] for digit in digits])):
             yield side, number, scene
 

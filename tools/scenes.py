@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 from skimage.color import gray2rgb
 
 SIDE = 160  # pixels
-DIGITS = (3, 6)  # in a scene, at least and at most
-HEIGHT = (28, 72)  # of a digit in pixels; log-uniform
+DIGITS = (4, 7)  # in a scene, at least and at most
+HEIGHT = (36, 72)  # of a digit in pixels; log-uniform
 STROKE = 0.4  # of the darkest ink: where a digit begins
-CONTRAST = 70  # grey levels between a digit and the mean of what it covers, at least
+CONTRAST = 70  # grey levels, at least, by which a digit is brighter than the mean of what it covers
 # Photographs that scikit-image ships, divided so that no validation background was seen in training.
 PHOTOS = {
     'train': ('astronaut', 'brick', 'camera', 'chelsea', 'coins', 'gravel', 'page', 'retina', 'rocket'),
@@ -41,17 +41,17 @@ def photos(side: str) -> list[np.ndarray]:
 
 
 def background(rng: np.random.Generator, photo: np.ndarray) -> Image.Image:
-    """A piece of a photograph, perhaps mirrored, in other colours or tones, with lines and ellipses drawn on it."""
+    """A piece of a photograph, darkened, perhaps mirrored or in other colours, with lines and ellipses drawn on it."""
     height, width = photo.shape[:2]
     edge = int(rng.uniform(min(140, height, width), min(400, height, width)))
     top, left = rng.integers(height - edge + 1), rng.integers(width - edge + 1)
     piece = photo[top : top + edge, left : left + edge][:, :: rng.choice([1, -1]), :: rng.choice([1, -1])]
     picture = Image.fromarray(np.ascontiguousarray(piece)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    toned = np.asarray(picture, dtype=float) * rng.uniform(0.6, 1.1) + rng.uniform(-20, 30)
+    toned = np.asarray(picture, dtype=float) * rng.uniform(0.3, 0.55)
     picture = Image.fromarray(toned.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(4, 9)):
-        color = tuple(int(c) for c in rng.integers(0, 256, 3))
+        color = tuple(int(c) for c in rng.integers(0, 160, 3))
         x0, x1, y0, y1 = (int(c) for c in rng.integers(-10, SIDE + 10, 4))
         if rng.random() < 0.6:
             draw.line((x0, y0, x1, y1), fill=color, width=int(rng.integers(1, 5)))
@@ -71,12 +71,12 @@ def ink(picture: np.ndarray, height: int) -> np.ndarray:
 
 
 def color_on(rng: np.random.Generator, covered: np.ndarray) -> np.ndarray:
-    """A colour (3,) that stands out against the pixels (N, 3) it covers."""
+    """A colour (3,) that is brighter than the pixels (N, 3) it covers."""
     weights = np.array([0.299, 0.587, 0.114])
     mean = (covered @ weights).mean()
     while True:
-        color = rng.integers(0, 256, 3)
-        if abs(color @ weights - mean) > CONTRAST:
+        color = rng.integers(80, 256, 3)
+        if color @ weights - mean > CONTRAST:
             return color
 
 

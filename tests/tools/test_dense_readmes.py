@@ -193,9 +193,9 @@ def test_smallest_demo(task, tmp_path):
 
     test = ('--work-dir', 'test', '--out', 'predictions.pkl')
     call(ROOT / 'tools/dist_test.sh', config, 'work/best.pth', 2, *test, cwd=tmp_path, OMP_NUM_THREADS=1)
-    bars = {'detection': ['coco/bbox_mAP_50=0.0'], 'segmentation': ['mIoU=8.5']}[task]  # all background: 8.2
+    bars = {'detection': ['coco/bbox_mAP_50=0.0'], 'segmentation': ['mIoU=8']}[task]  # all background: 7.4
     draw = (ROOT / 'tools/draw_scenes.py', 'predictions.pkl', 'test', 'picture.png')
     classes = ('--classes', f'data/digits_{task}/classes.txt')
     said = call(sys.executable, *draw, *classes, '--at-least', *bars, cwd=tmp_path)
-    assert '20 images; ' in said.stdout and (tmp_path / 'picture.png').stat().st_size > 10000
+    assert '15 images; ' in said.stdout and (tmp_path / 'picture.png').stat().st_size > 10000
     shutil.rmtree(tmp_path / 'work')

@@ -80,9 +80,9 @@ def made(tmp_path_factory):
     """Both data sets of scenes, as the script writes them."""
     folder = tmp_path_factory.mktemp('scenes')
     for kind in ('detection', 'segmentation'):
-        options = ('--kind', kind, '--out', folder / kind, '--scenes', 12)
+        options = ('--kind', kind, '--out', folder / kind, '--scenes', 16)
         said = call(sys.executable, ROOT / 'tools/make_digits.py', *options, cwd=folder)
-        assert '12 training, 2 validation images' in said.stdout
+        assert '16 training, 2 validation images' in said.stdout
     return folder
 
 
@@ -101,7 +101,7 @@ def test_scenes_take_digits_and_photographs_of_their_side(monkeypatch):
 
     monkeypatch.setattr(scenes, 'scenes', record)
     assert list(make_digits.make_scenes(60)) == []
-    for side, count in (('train', 60), ('val', 10)):
+    for side, count in (('train', 60), ('val', 7)):
         assert taken[side] == (count, [picture.tobytes() for *_, picture in split[side]])
 
 
@@ -117,7 +117,7 @@ def test_scenes_are_always_the_same_and_all_different():
 def test_digits_stand_out_and_do_not_overlap():
     pictures = [(label, picture) for _, label, picture in make_digits.split_digits()['train']]
     for scene in scenes.scenes('train', 10, pictures):
-        assert 1 <= len(scene.digits) <= 6 and scene.picture.shape == (160, 160, 3)
+        assert 1 <= len(scene.digits) <= 7 and scene.picture.shape == (160, 160, 3)
         assert max(sum(digit.mask.astype(int) for digit in scene.digits).ravel()) == 1
         grey = scene.picture @ np.array([0.299, 0.587, 0.114])
         for digit in scene.digits:
@@ -125,13 +125,15 @@ def test_digits_stand_out_and_do_not_overlap():
             rows, columns = np.nonzero(digit.mask)
             assert (left, top) == (columns.min(), rows.min())
             assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
-            assert 20 <= height <= 72
+            assert 28 <= height <= 72
             ink = grey[digit.mask]
             assert np.median(np.abs(ink - np.median(ink))) < 8  # one colour, some noise
+            around = grey[max(0, top - 3) : top + height + 3, max(0, left - 3) : left + width + 3]
+            assert np.median(ink) > np.percentile(around, 25) + 30
 
 
 def test_annotations_are_cocos(made):
-    for side, count in (('train', 12), ('val', 2)):
+    for side, count in (('train', 16), ('val', 2)):
         contents = json.loads((made / f'detection/annotations/instances_{side}.json').read_text())
         assert [category['name'] for category in contents['categories']] == list('0123456789')
         assert len(contents['images']) == count

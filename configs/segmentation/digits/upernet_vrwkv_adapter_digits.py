@@ -7,6 +7,8 @@ _base_ = [
     '../_base_/schedules/adamw_digits.py',
 ]
 
+class_weight = [0.4] + [1.0] * 10  # four of five pixels are background
+
 model = dict(
     data_preprocessor=dict(size=(160, 160)),
     backbone=dict(
@@ -19,7 +21,12 @@ model = dict(
         deform_ratio=0.5,
         interaction_indexes=[[0, 0], [1, 1], [2, 2], [3, 3]],
     ),
-    decode_head=dict(in_channels=[64, 64, 64, 64], channels=64, num_classes=11),
-    auxiliary_head=dict(in_channels=64, channels=32, num_classes=11),
+    decode_head=dict(
+        in_channels=[64, 64, 64, 64],
+        channels=64,
+        num_classes=11,
+        loss_decode=dict(class_weight=class_weight),
+    ),
+    auxiliary_head=dict(in_channels=64, channels=32, num_classes=11, loss_decode=dict(class_weight=class_weight)),
     test_cfg=dict(_delete_=True, mode='whole'),
 )

@@ -6,9 +6,7 @@ metainfo = dict(classes=tuple('0123456789'))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='RandomResize', scale=(160, 160), ratio_range=(0.8, 1.25), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(160, 160)),
-    dict(type='PhotoMetricDistortion'),
+    dict(type='Resize', scale=(160, 160), keep_ratio=True),
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
