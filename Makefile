@@ -6,12 +6,12 @@ MODEL ?= vrwkv
 KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-install test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install demo-detection demo-segmentation test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
 install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo test test-slow lint bench wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint bench wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -47,6 +47,12 @@ install-classification: $(VENV)/.classification $(VENV)/.native-demo  ## classif
 
 demo: install-classification  ## train and test a small classifier on handwritten digits; MODEL=vrwkv6 for the other one
 	tools/demo.sh $(BIN)/python $(MODEL)
+
+demo-detection: install  ## find digits in cluttered scenes, a quarter of an hour
+	tools/demo_dense.sh $(BIN)/python detection
+
+demo-segmentation: install  ## label their pixels, a quarter of an hour
+	tools/demo_dense.sh $(BIN)/python segmentation
 
 test: install  ## the test suite
 	$(BIN)/python -m pytest -m 'not slow'
