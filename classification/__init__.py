@@ -17,6 +17,8 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
+import openmmlab  # noqa: E402, F401
+
 from .models import VRWKV, VRWKV6, HiddenLayerClsHead  # noqa: E402
 
 __all__ = ['VRWKV', 'VRWKV6', 'HiddenLayerClsHead']

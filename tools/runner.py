@@ -1,7 +1,6 @@
 """MMEngine's runner, safe to kill and resume, and usable without a GPU."""
 
 import os
-import pickle
 import random
 import subprocess
 from copy import deepcopy
@@ -14,9 +13,12 @@ from mmengine.device import get_device
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.runner.checkpoint import CheckpointLoader
 
+from openmmlab import fit_and_tell
 from tools.cli import UserError
+from vision_rwkv.checkpoints import CheckpointError
 
 
 class WholeFileBackend(LocalBackend):
@@ -109,13 +111,24 @@ class Runner(mm.Runner):
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f'data: {error}') from error
 
-    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs) -> dict:
-        """As MMEngine's, but to test or resume, every tensor must have its place."""
-        strict = strict or self._resume or self._train_loop is None
+    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **_) -> dict:
+        """As MMEngine's, but of any layout and wholly or not at all: see `vision_rwkv.checkpoints.fit`.
+
+        To test or resume, every tensor must have its place.
+        """
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        start = not (strict or self._resume or self._train_loop is None)
         try:
-            return super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f'checkpoint {filename}: {error}') from error
+            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
+            fitted = fit_and_tell(checkpoint, model, filename, start)
+        except CheckpointError as error:
+            raise UserError(f'checkpoint {error}') from error
+        checkpoint['state_dict'] = fitted.tensors
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'], strict=False)
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """As MMEngine's; best.pth points to the best one."""
