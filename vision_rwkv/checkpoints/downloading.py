@@ -25,8 +25,8 @@ BLOCK = 1 << 20
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
-def download(url: str) -> Path:
-    """The file of an http(s) URL, downloaded unless torch.hub's cache has a file of that name.
+def download(url: str, folder: str | Path | None = None) -> Path:
+    """The file of an http(s) URL, downloaded unless ``folder``, by default torch.hub's cache, has one of that name.
 
     A broken connection is taken up where it broke if the server can, from the start if not. The file appears under its
     name when it is complete; processes that want it at once wait for the one that downloads. A name with a hash, as
@@ -35,7 +35,7 @@ def download(url: str) -> Path:
     Raises:
         CheckpointError: the server has no such file, breaks off again and again, or sends something else.
     """
-    folder = Path(torch.hub.get_dir(), 'checkpoints')
+    folder = Path(folder or Path(torch.hub.get_dir(), 'checkpoints'))
     target = folder / Path(urlparse(url).path).name
     if target.is_file():
         return target
