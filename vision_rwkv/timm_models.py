@@ -103,8 +103,8 @@ class VisionRWKV(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which parameters belong together, from the image up, for layer-wise decay; one block is one layer."""
         return {
-            'stem': r'^backbone\.(patch_embed|pos_embed|cls_token)',
-            'blocks': [(r'^backbone\.layers\.(\d+)', None), (r'^backbone\.ln1', (99999,))],
+            'stem': r'^backbone\.(?:patch_embed|pos_embed|cls_token)',
+            'blocks': r'^backbone\.layers\.(\d+)',
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
