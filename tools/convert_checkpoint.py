@@ -18,6 +18,7 @@ SUFFIXES = ('.pth', '.safetensors')
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write ``tensors`` whole or not at all, as {'state_dict': tensors} or, by the suffix, as safetensors."""
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f'.{path.stem}.partial{path.suffix}')
     try:
         if path.suffix == '.safetensors':

@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from openmmlab import fit_and_tell
@@ -116,7 +116,9 @@ class Runner(mm.Runner):
 
         To test or resume, every tensor must have its place.
         """
-        model = self.model.module if is_model_wrapper(self.model) else self.model
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         start = not (strict or self._resume or self._train_loop is None)
         try:
             checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)

@@ -85,7 +85,7 @@ def tensors_of(model: str) -> dict[str, Tensor]:
 
 
 def shell(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
-    """A module with parameters of these names and shapes, and no memory behind them."""
+    """A module with parameters of these names and shapes, all ones, and next to no memory behind them."""
     root = nn.Module()
     for name, shape in shapes.items():
         module, (*path, last) = root, name.split('.')
@@ -93,7 +93,7 @@ def shell(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
             if item not in dict(module.named_children()):
                 module.add_module(item, nn.Module())
             module = module.get_submodule(item)
-        module.register_parameter(last, nn.Parameter(torch.empty(shape, device='meta')))
+        module.register_parameter(last, nn.Parameter(torch.ones(()).expand(shape), requires_grad=False))
     return root
 
 

@@ -79,9 +79,6 @@ def test_other_classes_need_start():
 @pytest.mark.parametrize(('dense', 'rest'), [('adapter_t_det', mask_rcnn(192)), ('adapter_t_seg', upernet(192))])
 def test_a_dense_model_starts_from_a_classifier(dense, rest):
     model, state = ours(dense), tensors_of('vrwkv_t')
-    for scale in ('gamma1', 'gamma2'):  # the tiny adapter alone has layer scale, its classifier has none
-        for i in range(12):
-            state[f'backbone.layers.{i}.{scale}'] = torch.ones(192)
     with pytest.raises(CheckpointError):
         fit({'state_dict': state}, model)
     fitted = fit({'state_dict': state}, model, start=True)
@@ -89,11 +86,20 @@ def test_a_dense_model_starts_from_a_classifier(dense, rest):
         f'{name}.{item}' for name in ('backbone.ln1', 'head.fc') for item in ('weight', 'bias')
     }
     assert set(rest) < set(fitted.new)
-    assert not any(name.startswith('backbone.layers') for name in fitted.new)
+    scales = {name for name in fitted.new if name.startswith('backbone.layers')}
+    assert scales == {f'backbone.layers.{i}.{scale}' for i in range(12) for scale in ('gamma1', 'gamma2')}
     assert any(name.startswith('backbone.interactions') for name in fitted.new)
     del state['backbone.layers.3.ln2.bias']
     with pytest.raises(CheckpointError, match=r'missing from the file: backbone\.layers\.3\.ln2\.bias$'):
         fit({'state_dict': state}, model, start=True)
+
+
+def test_new_layer_scales_must_be_neutral():
+    source = Classifier().state_dict()
+    assert len(fit(source, Classifier(init_values=1.0), start=True).new) == 4
+    for model, start in ((Classifier(init_values=1e-5), True), (Classifier(init_values=1.0), False)):
+        with pytest.raises(CheckpointError, match=r'missing from the file: backbone\.layers\.0\.gamma1, '):
+            fit(source, model, start)
 
 
 def test_a_dense_model_starts_from_one_with_other_classes():

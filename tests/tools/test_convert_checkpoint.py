@@ -51,7 +51,7 @@ def test_errors_in_one_line(tmp_path):
         (('none.pth', 'b.pth'), 'none.pth: there is no such file'),
         (('bad.pth', 'b.pth'), 'bad.pth: not a checkpoint'),
         (('a.pth', 'b.onnx'), 'ends in .pth or .safetensors, got b.onnx'),
-        (('a.pth', 'no/b.pth'), 'no'),
+        (('a.pth', 'bad.pth/b.pth'), 'bad.pth'),
     ):
         said = call(*SCRIPT, *arguments, cwd=tmp_path, expect=1)
         assert said.stderr.startswith('convert_checkpoint.py: error: ') and message in said.stderr

@@ -15,6 +15,7 @@ from vision_rwkv.checkpoints.reading import read
 
 # The tensors of a plain backbone; an adapter has more, and lacks the final norm.
 PLAIN = re.compile(r'backbone\.(pos_embed$|cls_token$|patch_embed\.|layers\.|ln1\.)')
+LAYER_SCALE = re.compile(r'backbone\.layers\.\d+\.gamma[12]$')
 
 
 class Fitted(NamedTuple):
@@ -58,7 +59,7 @@ def _excused(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tup
 
     Whole parts that only one side has, or of which they share no name (a new neck, another kind of head); the last
     layers of a part where only the number of classes differs; an adapter around a plain backbone, which has a final
-    norm that the adapter lacks.
+    norm that the adapter lacks; layer scales of 1 for a backbone without (VRWKV-T, in an adapter).
     """
     shared = {_part(name) for name in tensors.keys() & wanted.keys()}
     new = {name for name in wanted if _part(name) not in shared}
@@ -76,6 +77,8 @@ def _excused(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tup
         left_over |= final_norm
     if any(name.startswith(BACKBONE) for name in wanted):  # without it there is nothing to start from
         new -= {name for name in wanted if PLAIN.match(name)}
+    if not any(LAYER_SCALE.match(name) for name in tensors):
+        new |= {name for name, tensor in wanted.items() if LAYER_SCALE.match(name) and tensor.eq(1).all()}
     return new, left_over
 
 
