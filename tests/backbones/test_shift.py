@@ -18,6 +18,11 @@ def test_by_hand():
     assert y[0, :, 3].tolist() == [4, 5, 6, 0, 0, 0]  # from below
 
 
+def test_a_sequence_by_hand():
+    x = torch.arange(1.0, 7).view(1, 6, 1).expand(1, 6, 4)
+    assert q_shift(x, None, Shift(1, 0.25, 1))[0].tolist() == [[i] * 4 for i in range(6)]
+
+
 def test_mix_by_hand():
     x = torch.tensor([[[1.0, 1, 1, 1], [3, 3, 3, 3]]])  # a 1 x 2 map
     first, second = shift_and_mix(x, (1, 2), (torch.ones(1, 1, 4), torch.full((1, 1, 4), 0.25)), Shift(1, 0.25, 1))

@@ -13,7 +13,7 @@ from torch import nn
 
 import openmmlab  # noqa: F401
 from vision_rwkv import backbones
-from vision_rwkv.checkpoints import CheckpointError
+from vision_rwkv.checkpoints import CheckpointError, read
 
 
 class Backbone(backbones.VRWKV, BaseModule):
@@ -139,3 +139,14 @@ def test_getattr_reaches_nothing_else(tmp_path):
         torch.save({'state_dict': {'a': torch.ones(1)}, 'meta': Reach(owner, name)}, tmp_path / 'a.pth')
         with pytest.raises(CheckpointError, match='refused: .* getattr'):
             CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+def test_checkpoints_of_a_run_are_read_without_mmengine(tmp_path):
+    """Its logs are then nothing, and its tensors are there."""
+    log = HistoryBuffer()
+    log.update(3.0)
+    hub = {'log_scalars': {'loss': log}, 'runtime_info': {'best_score': np.float64(7.5), 'at': slice(1, 2)}}
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'message_hub': hub, 'meta': {'epoch': 3}}, tmp_path / 'a.pth')
+    contents = read(tmp_path / 'a.pth')
+    assert contents['state_dict']['a'] == 1 and contents['meta'] == {'epoch': 3}
+    assert not isinstance(contents['message_hub']['log_scalars']['loss'], HistoryBuffer)

@@ -59,14 +59,21 @@ def test_an_address_on_the_command_line(files, trained, tmp_path):
 def test_load_from(files, tmp_path):
     script, config, _, *options = command('dist_train.sh')
     assert (ROOT / config).exists() and options == ['--cfg-options', 'load_from=vrwkv_l_in22k_192.pth']
-    more = ('load_from=released.pth', 'model.head.num_classes=12', 'train_cfg.max_epochs=1')
+    more = (
+        'load_from=released.pth',
+        'model.head.num_classes=12',
+        'data_preprocessor.num_classes=12',
+        'train_cfg.max_epochs=1',
+    )
     said = call(ROOT / script, 'tiny.py', 1, '--work-dir', tmp_path, '--cfg-options', *more, cwd=files)
     assert 'released.pth: 2 tensors keep their initial values: head.fc.weight, head.fc.bias' in said.output
     said = call(
         'python', ROOT / 'tools/train.py', 'tiny.py', '--cfg-options', 'load_from=evil.pth', cwd=files, expect=2
     )
     (line,) = (line for line in errors_in(said.stderr) if 'error:' in line)
-    assert line.startswith('train.py: error: checkpoint evil.pth: refused: ') and line.endswith('asks for posix.system')
+    assert line.startswith('train.py: error: checkpoint evil.pth: refused: ') and line.endswith(
+        'asks for more: posix.system'
+    )
     assert not (files / 'ran').exists() and 'Traceback' not in said.output
 
 

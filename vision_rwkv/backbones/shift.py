@@ -21,13 +21,17 @@ class Shift(NamedTuple):
     heads: int
 
 
-def q_shift(x: Tensor, hw: tuple[int, int], shift: Shift) -> Tensor:
+def q_shift(x: Tensor, hw: tuple[int, int] | None, shift: Shift) -> Tensor:
     """Q-Shift (arXiv 2403.02308, section 3.2): each quarter of the channels takes another neighbour's values.
 
     x (B, T, C) -> (B, T, C), any dtype. The first h * w tokens form the map; quarters 1 to 4 take the left, right,
     upper and lower neighbour, zero beyond the border. Channels past the fourth border stay, and so do tokens past
     the map (a class token).
+
+    hw None: the tokens are a sequence, not a map (some are masked); each takes all of the previous one, the first zero.
     """
+    if hw is None:
+        return F.pad(x, (0, 0, 1, -1))
     batch, tokens, channels = x.shape
     h, w = hw
     dim = channels // shift.heads
@@ -43,7 +47,7 @@ def q_shift(x: Tensor, hw: tuple[int, int], shift: Shift) -> Tensor:
     return torch.cat([shifted, others], 1) if tokens > h * w else shifted
 
 
-def shift_and_mix(x: Tensor, hw: tuple[int, int], mixes: Sequence[Tensor | None], shift: Shift) -> list[Tensor]:
+def shift_and_mix(x: Tensor, hw: tuple[int, int] | None, mixes: Sequence[Tensor | None], shift: Shift) -> list[Tensor]:
     """One blend of the tokens and their shifted neighbours for each mix: x * mix + q_shift(x) * (1 - mix).
 
     x (B, T, C), mixes (1, 1, C) -> tensors (B, T, C). With ``shift.pixels`` 0 every blend is x itself.

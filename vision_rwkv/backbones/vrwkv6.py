@@ -54,7 +54,7 @@ class SpatialMix6(nn.Module):
         self.time_maa_w1 = _small(dim, 5 * MIX_RANK)
         self.time_maa_w2 = _small(5, MIX_RANK, dim)
 
-    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
+    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int] | None) -> list[Tensor]:
         """x (B, T, C) -> the inputs (B, T, C) of decay, key, value, receptance and gate, each with a mix of its own."""
         if not self.shift.pixels:
             return [x] * 5
@@ -78,7 +78,7 @@ class SpatialMix6(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             return wkv6(r.float(), k.float(), v.float(), w, self.time_faaaa).flatten(2)
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int] | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x_w, x_k, x_v, x_r, x_g = self._shift_and_mix(x, hw)
         y = self._wkv6(self.receptance(x_r), self.key(x_k), self.value(x_v), self._log_decay(x_w))
@@ -125,6 +125,7 @@ class VRWKV6(Backbone):
         final_norm: bool = True,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
+        frozen_stages: int = -1,
         with_cls_token: bool = False,
         output_cls_token: bool = False,
     ):
@@ -155,6 +156,7 @@ class VRWKV6(Backbone):
             final_norm=final_norm,
             interpolate_mode=interpolate_mode,
             with_cp=with_cp,
+            frozen_stages=frozen_stages,
             with_cls_token=with_cls_token,
             output_cls_token=output_cls_token,
         )

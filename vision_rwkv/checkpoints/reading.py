@@ -17,6 +17,7 @@ from vision_rwkv.checkpoints.downloading import download
 
 # Whose classes may stand in a released file beside tensors and plain data: metadata of OpenMMLab's frameworks, old and
 # new, yacs configs, numpy numbers. None of them is imported; stand-ins are made instead.
+# In MMEngine's logs getattr names a function; here it gives nothing, and nothing can be called.
 TOLERATED = ('mmcls', 'mmcv', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg', 'addict', 'yacs', 'numpy')
 
 LEGACY_PICKLES = 4  # files of before PyTorch 1.6: magic number, protocol, system, contents
@@ -63,14 +64,21 @@ def _names_in(path: Path) -> set[str]:
     for stream in _pickles(path):
         for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name == 'GLOBAL':
-                names.add(str(argument).replace(' ', '.', 1))
+                name = str(argument).replace(' ', '.', 1)
+                names.add(name.replace('__builtin__.', 'builtins.'))
     return names
 
 
 def _stand_ins(path: Path, allowed: tuple[Allowed, ...]) -> list[Allowed]:
     known = {name for _, name in allowed}
-    origins = {name: name.partition('.')[0] for name in _names_in(path) - known}
-    return [(_Nothing if origin == 'numpy' else _Dict, name) for name, origin in origins.items() if origin in TOLERATED]
+    names = {name: name.partition('.')[0] for name in _names_in(path) - known}
+    found: list[Allowed] = []
+    for name, origin in names.items():
+        if origin == 'numpy' or name in ('builtins.getattr', 'builtins.slice'):
+            found.append((_Nothing, name))
+        elif origin in TOLERATED:
+            found.append((_Dict, name))
+    return found
 
 
 def _read_pickle(path: Path, map_location: Any, allowed: tuple[Allowed, ...]) -> Any:
@@ -79,10 +87,10 @@ def _read_pickle(path: Path, map_location: Any, allowed: tuple[Allowed, ...]) ->
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r'GLOBAL (\S+)', str(error))
-        reason = asked[1] if asked else str(error).rpartition('WeightsUnpickler error: ')[2].partition('\n')[0]
+        reason = asked[1] if asked else str(error).rpartition('WeightsUnpickler error:')[2].strip().partition('\n')[0]
         raise CheckpointError(
             'refused: beside tensors and plain data, only inert metadata of OpenMMLab, yacs and numpy is accepted; '
-            f'this file asks for {reason}'
+            f'this file asks for more: {reason}'
         ) from error
     except (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile) as error:
         raise CheckpointError(f'not a checkpoint, or a damaged one: {error}') from error
