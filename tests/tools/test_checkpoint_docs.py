@@ -9,6 +9,7 @@ import pytest
 import torch
 from scripts import ROOT, call, errors_in
 
+from tools import convert_checkpoint, get_flops, reproduce_zoo
 from tools.draw_predictions import read_log
 
 sys.path.insert(0, str(ROOT / 'tests/checkpoints'))
@@ -77,16 +78,23 @@ def test_load_from(files, tmp_path):
     assert not (files / 'ran').exists() and 'Traceback' not in said.output
 
 
-def test_tools(files, tmp_path):
-    python, script, source, out = command('convert_checkpoint.py')
-    said = call(python, ROOT / script, files / 'whole/best.pth', tmp_path / 'clean.safetensors', cwd=tmp_path)
-    assert source.startswith('work_dirs/') and out.endswith('.safetensors') and 'tensors' in said.stdout
-    said = call(*command('get_flops.py'), cwd=ROOT)
-    assert 'published 1.2G' in said.stdout
-    python, script, *options = command('reproduce_zoo.py')
-    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
-    said = call(python, ROOT / script, *options, cwd=tmp_path)  # no data here, so nothing is downloaded or tested
-    assert said.stdout.count('| not tested: ') == 16
+def in_process(module, monkeypatch, arguments) -> None:
+    monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *map(str, arguments)])
+    module.main()
+
+
+def test_tools(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _, script, source, out = command('convert_checkpoint.py')
+    assert script == 'tools/convert_checkpoint.py' and source.endswith('.pth') and out.endswith('.safetensors')
+    in_process(convert_checkpoint, monkeypatch, (files / 'whole/best.pth', 'clean.safetensors'))
+    assert 'clean.safetensors: ' in capsys.readouterr().out
+    _, script, config, *options = command('get_flops.py')
+    in_process(get_flops, monkeypatch, (ROOT / config, *options))
+    assert script == 'tools/get_flops.py' and 'published 1.2G' in capsys.readouterr().out
+    _, script, *options = command('reproduce_zoo.py')
+    in_process(reproduce_zoo, monkeypatch, options)  # no data here, so nothing is downloaded or tested
+    assert script == 'tools/reproduce_zoo.py' and capsys.readouterr().out.count('| not tested: ') == 16
 
 
 @pytest.mark.parametrize('code', CODE[1:])
