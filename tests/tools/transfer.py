@@ -83,7 +83,7 @@ def tuned_and_scratch(folder: Path, source: Path, config: str, data: Path, seed:
 
 
 EXPERIMENTS = {'labels': labels, 'masked': masked}
-EPOCHS = {'labels': (10, 3), 'masked': (30, 3)}  # for the checkpoint, and from it
+EPOCHS = {'labels': (10, 3), 'masked': (20, 3)}  # for the checkpoint, and from it
 
 
 def compare(kind: str, seed: int, folder: Path) -> tuple[float, float]:
