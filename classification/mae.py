@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vision_rwkv import backbones
 from vision_rwkv.backbones._checks import check_range
 from vision_rwkv.backbones.initial import init_linear
+from vision_rwkv.backbones.shift import SEQUENCE
 
 from .models import VRWKV
 
@@ -61,7 +62,7 @@ class MaskedVRWKV(VRWKV):
         kept, places, mask = draw_mask(*x.shape[:2], self.mask_ratio, x.device)
         x = pick(x, kept)
         for layer in self.layers:
-            x = layer(x, None)
+            x = layer(x, SEQUENCE)
         return self.ln1(x), mask, places
 
 

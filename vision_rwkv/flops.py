@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vision_rwkv.backbones.blocks import Block
 from vision_rwkv.backbones.vrwkv import SpatialMix
 from vision_rwkv.backbones.vrwkv6 import DECAY_RANK, HEAD_SIZE, MIX_RANK, SpatialMix6
 
@@ -34,24 +35,28 @@ def _layer_norm(layer: nn.LayerNorm, x: Tensor, y: Tensor) -> int:
     return NORM * y.numel()
 
 
-def _bi_wkv(layer: SpatialMix, x: Tensor, y: Tensor) -> int:
-    return BI_WKV * y.numel()
+def _block(block: Block, x: Tensor, y: Tensor) -> int:
+    """Of a block of ours, from what it is made of: how it calls its layers, and fuses them, is its own affair."""
+    tokens, total = x.numel() // x.shape[-1], 0
+    for layer in block.modules():
+        if isinstance(layer, nn.Linear):
+            total += layer.in_features * layer.out_features
+        elif isinstance(layer, nn.LayerNorm):
+            total += NORM * layer.normalized_shape[0]
+        elif isinstance(layer, SpatialMix):
+            total += BI_WKV * x.shape[-1]
+        elif isinstance(layer, SpatialMix6):
+            total += x.shape[-1] * (2 * MIXES * MIX_RANK + 2 * DECAY_RANK + 7 * HEAD_SIZE + 17)
+            total += MIXES * MIX_RANK + DECAY_RANK
+    return tokens * total
 
 
-def _wkv6(layer: SpatialMix6, x: Tensor, y: Tensor) -> int:
-    tokens = y.numel() // y.shape[-1]
-    per_channel = 2 * MIXES * MIX_RANK + 2 * DECAY_RANK + 7 * HEAD_SIZE + 17
-    return y.numel() * per_channel + tokens * (MIXES * MIX_RANK + DECAY_RANK)
-
-
-# What a layer itself costs; the layers inside it count on their own.
 COSTS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
+    Block: _block,
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     nn.ConvTranspose2d: _conv_transpose,
     nn.LayerNorm: _layer_norm,
-    SpatialMix: _bi_wkv,
-    SpatialMix6: _wkv6,
 }
 
 
@@ -93,11 +98,13 @@ def measure(
 
     with FakeTensorMode(), torch.no_grad():
         model = build().eval()
+        blocks = [layer for layer in model.modules() if isinstance(layer, Block)]
+        within = {part for block in blocks for part in block.modules() if part is not block}
         for layer in model.modules():
             if type(layer).__name__ == 'MultiScaleDeformableAttention':
                 _skip_sampling(layer)
             for kind in COSTS:
-                if isinstance(layer, kind):
+                if isinstance(layer, kind) and layer not in within:
                     kinds[layer] = kind
                     layer.register_forward_hook(hook)
         images = torch.empty(1, 3, height, width)

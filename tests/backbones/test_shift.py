@@ -4,7 +4,7 @@ import pytest
 import torch
 from plain_model import shift_loops
 
-from vision_rwkv.backbones.shift import Shift, q_shift, shift_and_mix
+from vision_rwkv.backbones.shift import SEQUENCE, Shift, q_shift, shift_and_mix
 
 
 def test_by_hand():
@@ -20,7 +20,7 @@ def test_by_hand():
 
 def test_a_sequence_by_hand():
     x = torch.arange(1.0, 7).view(1, 6, 1).expand(1, 6, 4)
-    assert q_shift(x, None, Shift(1, 0.25, 1))[0].tolist() == [[i] * 4 for i in range(6)]
+    assert q_shift(x, SEQUENCE, Shift(1, 0.25, 1))[0].tolist() == [[i] * 4 for i in range(6)]
 
 
 def test_mix_by_hand():

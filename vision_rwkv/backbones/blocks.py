@@ -69,7 +69,7 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x: Tensor, hw: tuple[int, int] | None) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x_k, x_r = shift_and_mix(x, hw, (self.spatial_mix_k, self.spatial_mix_r), self.shift)
         k = squared_relu(self.key(x_k))
@@ -114,20 +114,18 @@ class Block(nn.Module):
         self.gamma1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
 
-    def forward(self, x: Tensor, hw: tuple[int, int] | None) -> Tensor:
-        """(B, T, C) -> (B, T, C); the first h * w tokens form the map; hw None: there is no map, see `q_shift`."""
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        """(B, T, C) -> (B, T, C); the first h * w tokens form the map."""
         if self.with_cp and torch.is_grad_enabled():  # inference and export see plain blocks
             return checkpoint(self._forward, x, hw, use_reentrant=False)
         return self._forward(x, hw)
 
-    def _forward(self, x: Tensor, hw: tuple[int, int] | None) -> Tensor:
+    def _forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         if self.ln0 is not None:
             x = self.ln0(x)
         x = x + self._branch(x, hw, self.att, self.ln1, self.gamma1)
         return x + self._branch(x, hw, self.ffn, self.ln2, self.gamma2)
 
-    def _branch(
-        self, x: Tensor, hw: tuple[int, int] | None, mix: nn.Module, norm: nn.Module, gamma: Tensor | None
-    ) -> Tensor:
+    def _branch(self, x: Tensor, hw: tuple[int, int], mix: nn.Module, norm: nn.Module, gamma: Tensor | None) -> Tensor:
         x = norm(mix(x, hw)) if self.post_norm else mix(norm(x), hw)
         return self.drop_path(x if gamma is None else gamma * x)

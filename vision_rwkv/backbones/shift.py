@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SEQUENCE = (0, 0)  # in place of (h, w): the tokens are no map (some are masked) but a sequence
+
 
 class Shift(NamedTuple):
     """How a layer shifts its tokens.
@@ -21,16 +23,14 @@ class Shift(NamedTuple):
     heads: int
 
 
-def q_shift(x: Tensor, hw: tuple[int, int] | None, shift: Shift) -> Tensor:
+def q_shift(x: Tensor, hw: tuple[int, int], shift: Shift) -> Tensor:
     """Q-Shift (arXiv 2403.02308, section 3.2): each quarter of the channels takes another neighbour's values.
 
     x (B, T, C) -> (B, T, C), any dtype. The first h * w tokens form the map; quarters 1 to 4 take the left, right,
     upper and lower neighbour, zero beyond the border. Channels past the fourth border stay, and so do tokens past
-    the map (a class token).
-
-    hw None: the tokens are a sequence, not a map (some are masked); each takes all of the previous one, the first zero.
+    the map (a class token). In a `SEQUENCE` each token takes all of the previous one's values, the first one zeros.
     """
-    if hw is None:
+    if hw == SEQUENCE:
         return F.pad(x, (0, 0, 1, -1))
     batch, tokens, channels = x.shape
     h, w = hw
@@ -47,7 +47,7 @@ def q_shift(x: Tensor, hw: tuple[int, int] | None, shift: Shift) -> Tensor:
     return torch.cat([shifted, others], 1) if tokens > h * w else shifted
 
 
-def shift_and_mix(x: Tensor, hw: tuple[int, int] | None, mixes: Sequence[Tensor | None], shift: Shift) -> list[Tensor]:
+def shift_and_mix(x: Tensor, hw: tuple[int, int], mixes: Sequence[Tensor | None], shift: Shift) -> list[Tensor]:
     """One blend of the tokens and their shifted neighbours for each mix: x * mix + q_shift(x) * (1 - mix).
 
     x (B, T, C), mixes (1, 1, C) -> tensors (B, T, C). With ``shift.pixels`` 0 every blend is x itself.

@@ -30,7 +30,7 @@ class SpatialMix(nn.Module):
         self.key_norm = nn.LayerNorm(dim) if key_norm else None
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, hw: tuple[int, int] | None) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
         x_k, x_v, x_r = shift_and_mix(x, hw, mixes, self.shift)

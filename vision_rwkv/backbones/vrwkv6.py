@@ -54,7 +54,7 @@ class SpatialMix6(nn.Module):
         self.time_maa_w1 = _small(dim, 5 * MIX_RANK)
         self.time_maa_w2 = _small(5, MIX_RANK, dim)
 
-    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int] | None) -> list[Tensor]:
+    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int]) -> list[Tensor]:
         """x (B, T, C) -> the inputs (B, T, C) of decay, key, value, receptance and gate, each with a mix of its own."""
         if not self.shift.pixels:
             return [x] * 5
@@ -78,7 +78,7 @@ class SpatialMix6(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             return wkv6(r.float(), k.float(), v.float(), w, self.time_faaaa).flatten(2)
 
-    def forward(self, x: Tensor, hw: tuple[int, int] | None) -> Tensor:
+    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x_w, x_k, x_v, x_r, x_g = self._shift_and_mix(x, hw)
         y = self._wkv6(self.receptance(x_r), self.key(x_k), self.value(x_v), self._log_decay(x_w))
