@@ -49,7 +49,7 @@ def _resized(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], model: nn
                 raise CheckpointError(f'{name}: expected a square grid to resize, got {tensor.shape[1]} positions')
             resized = resize_pos_embed(tensor.float(), (side, side), backbone.grid, backbone.interpolate_mode)
             tensors[name] = resized.to(tensor.dtype)
-        elif (len(tensor), len(other)) == (IMAGENET_22K, IMAGENET_1K) and tensor.shape[1:] == other.shape[1:]:
+        elif (*tensor.shape[:1], *other.shape) == (IMAGENET_22K, IMAGENET_1K, *tensor.shape[1:]):
             tensors[name] = tensor[rows_of_1k().to(tensor.device)]
     return tensors
 
