@@ -11,7 +11,7 @@ install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint bench wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint bench zoo wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -68,6 +68,10 @@ lint: install
 
 bench: install
 	$(BIN)/python tools/benchmark_ops.py
+
+zoo: install  ## the published models: params and FLOPs counted anew, tables of the READMEs made anew
+	$(BIN)/python tools/get_flops.py --zoo
+	$(BIN)/python tools/zoo.py
 
 wheel: $(VENV)/.torch  ## a wheel with native code for every supported GPU, where nvcc is found
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0;12.0+PTX}" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,7 +1,6 @@
 """MMEngine's runner, safe to kill and resume, and usable without a GPU."""
 
 import os
-import pickle
 import random
 import subprocess
 from collections.abc import Iterator
@@ -17,9 +16,12 @@ from mmengine.dist import all_reduce_params
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.runner.checkpoint import CheckpointLoader
 
+from openmmlab import fit_and_tell
 from tools.cli import UserError
+from vision_rwkv.checkpoints import CheckpointError
 
 
 class WholeFileBackend(LocalBackend):
@@ -142,19 +144,25 @@ class Runner(mm.Runner):
         with data_errors('data to evaluate with'):
             return super().build_evaluator(evaluator)
 
-    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs) -> dict:
-        """As MMEngine's, but to test or resume, every tensor must have its place; to start from, at least one."""
-        strict = strict or self._resume or self._train_loop is None
+    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **_) -> dict:
+        """As MMEngine's, but of any layout and wholly or not at all: see `vision_rwkv.checkpoints.fit`.
+
+        To test or resume, every tensor must have its place.
+        """
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        start = not (strict or self._resume or self._train_loop is None)
         try:
-            checkpoint = super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f'checkpoint {filename}: {error}') from error
-        model = getattr(self.model, 'module', self.model)
-        own, tensors = model.state_dict(), checkpoint.get('state_dict', checkpoint)
-        if not any(name in own and own[name].shape == tensor.shape for name, tensor in tensors.items()):
-            raise UserError(
-                f'checkpoint {filename}: no tensor of it fits the model, names are {list(tensors)[:3]}, ...'
-            )
+            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
+            fitted = fit_and_tell(checkpoint, model, filename, start)
+        except CheckpointError as error:
+            raise UserError(f'checkpoint {error}') from error
+        checkpoint['state_dict'] = fitted.tensors
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'], strict=False)
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
