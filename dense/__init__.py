@@ -1,7 +1,6 @@
 """What detection and segmentation have in common, on MMEngine and mmcv alone; each registers it with its toolbox."""
 
 from dense.backbones import VRWKV6Adapter, VRWKVAdapter
-from dense.layer_decay import LayerDecayConstructor, layer_groups
 from dense.loading import LoadImageFromFile
 
-__all__ = ['LayerDecayConstructor', 'LoadImageFromFile', 'VRWKV6Adapter', 'VRWKVAdapter', 'layer_groups']
+__all__ = ['LoadImageFromFile', 'VRWKV6Adapter', 'VRWKVAdapter']

@@ -2,7 +2,8 @@
 
 from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 
-from dense import LayerDecayConstructor, LoadImageFromFile, VRWKV6Adapter, VRWKVAdapter
+from dense import LoadImageFromFile, VRWKV6Adapter, VRWKVAdapter
+from openmmlab import LayerDecayConstructor
 
 from .datasets import CocoDataset
 

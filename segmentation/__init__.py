@@ -4,7 +4,8 @@ from functools import partial
 
 from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 
-from dense import LayerDecayConstructor, LoadImageFromFile, VRWKV6Adapter, VRWKVAdapter
+from dense import LoadImageFromFile, VRWKV6Adapter, VRWKVAdapter
+from openmmlab import LayerDecayConstructor
 
 from .datasets import ADE20KDataset, BaseSegDataset, LoadAnnotations
 from .metrics import DumpSegResults

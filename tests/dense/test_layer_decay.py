@@ -5,7 +5,7 @@ from dense_configs import on_meta
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from dense import LayerDecayConstructor
+from openmmlab import LayerDecayConstructor
 
 DET = 'detection/mask_rcnn/mask_rcnn_vrwkv_adapter_tiny_fpn_1x_coco'
 SEG = 'segmentation/ade20k/upernet_vrwkv_adapter_tiny_512_160k_ade20k'

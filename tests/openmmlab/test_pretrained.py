@@ -11,19 +11,17 @@ from mmengine.model import BaseModule
 from mmengine.runner.checkpoint import CheckpointLoader, load_checkpoint
 from torch import nn
 
-import openmmlab  # noqa: F401
+import openmmlab
 from vision_rwkv import backbones
 from vision_rwkv.checkpoints import CheckpointError, read
 
 
-class Backbone(backbones.VRWKV, BaseModule):
+class Backbone(openmmlab.InitCfg, backbones.VRWKV, BaseModule):
     """As the task folders register it."""
 
     def __init__(self, init_cfg=None, **arguments):
-        super().__init__(**{'img_size': 16, 'patch_size': 8, 'embed_dims': 16, 'depth': 1, **arguments})
-        self.init_cfg = deepcopy(init_cfg)
-
-    init_weights = BaseModule.init_weights
+        small = {'img_size': 16, 'patch_size': 8, 'embed_dims': 16, 'depth': 1}
+        super().__init__(**small | arguments, init_cfg=init_cfg)
 
 
 class Model(BaseModule):

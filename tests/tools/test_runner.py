@@ -103,16 +103,31 @@ def runner_of(folder) -> Runner:
     )
 
 
-def test_a_start_must_fit_somewhere(tmp_path):
+def test_a_start_must_fit(tmp_path):
     runner = runner_of(tmp_path)
-    weight = torch.ones(3, 2)
-    torch.save({'state_dict': {'layer.weight': weight, 'head.weight': weight}}, tmp_path / 'some.pth')
-    runner.load_checkpoint(str(tmp_path / 'some.pth'))
-    assert torch.equal(runner.model.layer.weight, weight)
-    for name, state in (('other', {'backbone.weight': weight}), ('shapes', {'layer.weight': torch.ones(3, 3)})):
+    weight, bias = torch.ones(3, 2), torch.zeros(3)
+    before = {name: tensor.clone() for name, tensor in runner.model.state_dict().items()}
+    for name, state, problem in (
+        ('half', {'layer.weight': weight}, r'missing from the file: layer\.bias'),
+        ('more', {'layer.weight': weight, 'layer.bias': bias, 'layer.scale': bias}, r'unexpected .*: layer\.scale'),
+        ('wide', {'layer.weight': torch.ones(3, 3), 'layer.bias': bias}, r'layer\.weight has the shape \(3, 3\)'),
+        ('other', {'neck.weight': weight}, 'no tensor in common'),
+    ):
         torch.save({'state_dict': state}, tmp_path / f'{name}.pth')
-        with pytest.raises(UserError, match=f'{name}.pth: no tensor of it fits the model, names are'):
+        with pytest.raises(UserError, match=rf'{name}\.pth: it does not fit the model: .*{problem}'):
             runner.load_checkpoint(str(tmp_path / f'{name}.pth'))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in runner.model.state_dict().items())
+
+
+def test_a_start_may_lack_and_leave_whole_parts(tmp_path):
+    runner = runner_of(tmp_path)
+    runner.model.neck = torch.nn.Linear(3, 3)
+    neck = runner.model.neck.weight.clone()
+    state = {'layer.weight': torch.ones(3, 2), 'layer.bias': torch.zeros(3), 'head.weight': torch.ones(1, 3)}
+    torch.save({'state_dict': state}, tmp_path / 'start.pth')
+    runner.load_checkpoint(str(tmp_path / 'start.pth'))
+    assert torch.equal(runner.model.layer.weight, state['layer.weight']) and not runner.model.layer.bias.any()
+    assert torch.equal(runner.model.neck.weight, neck)
 
 
 def test_resumed_epochs_are_validated_whatever_the_loop_is_called(tmp_path):
