@@ -7,8 +7,7 @@ import sys
 import golden
 import pytest
 import torch
-from conftest import GOLDEN
-from models import images
+from models import GOLDEN, images
 from torch import nn
 
 from vision_rwkv.backbones import VRWKV6Adapter, VRWKVAdapter, adapter
@@ -128,6 +127,21 @@ def test_every_parameter_learns(version, token_maps):
     sum(golden.gradient_loss(output) for output in model(images(64, 96))).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert model.interactions[0].injector.attn.sampling_offsets.weight.grad.any()
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+@pytest.mark.parametrize('version', BOTH)
+def test_frozen_stages_are_layers_of_the_backbone(version, with_cp):
+    model = make(version, frozen_stages=2, with_cp=with_cp, drop_path_rate=0.5).train()
+    nn.init.ones_(model.interactions[0].injector.gamma)
+    sum(y.square().mean() for y in model(images(64, 64))).backward()
+    frozen = ('patch_embed.', 'pos_embed', 'layers.0.', 'layers.1.')
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None) == (not name.startswith(frozen)), name
+    assert [layer.training for layer in model.layers] == [False, False, True, True]
+    assert model.spm.training and model.interactions[0].training
+    with pytest.raises(ValueError, match='frozen_stages must be at most the depth, 4, got 5'):
+        make(version, frozen_stages=5)
 
 
 def outputs_and_gradients(model):

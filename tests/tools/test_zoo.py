@@ -56,8 +56,7 @@ def test_metafiles_have_openmmlabs_form(task):
             assert set(result) == {'Task', 'Dataset', 'Metrics'} and set(result['Metrics']) <= set(
                 reproduce_zoo.METRICS
             )
-    if task == 'classification':
-        assert all((ROOT / model['Config']).exists() for model in contents['Models'])
+        assert (ROOT / model['Config']).is_file()
 
 
 def test_tables_are_up_to_date():
@@ -68,6 +67,7 @@ def test_tables_are_up_to_date():
     for row in zoo.read_all():
         (line,) = (line for line in readme.splitlines() if row.weights in line)
         assert all(f'| {value:.1f} |' in line for value in row.metrics.values())
+        assert f']({row.config})' in line
 
 
 def test_a_stale_table_is_seen(monkeypatch, tmp_path, capsys):
@@ -91,7 +91,7 @@ def test_counted_figures_are_the_published_ones(capsys):
     get_flops.measure_zoo(rows)
     said = capsys.readouterr().out
     assert 'FLOPs         1.17G   published 1.2G' in said and 'FLOPs         4.60G   published 4.6G' in said
-    assert len(rows) == 8 and said.count('params') + said.count('not here') == 8 and said.count('params') >= 4
+    assert len(rows) == said.count('params') == said.count('published ') // 2 == 8
 
 
 def test_a_model_that_is_not_as_published():
