@@ -149,7 +149,9 @@ class Runner(mm.Runner):
             checkpoint = super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f'checkpoint {filename}: {error}') from error
-        model = getattr(self.model, 'module', self.model)
+        model = self.model
+        while hasattr(model, 'module'):  # of processes, of test-time augmentation
+            model = model.module
         own, tensors = model.state_dict(), checkpoint.get('state_dict', checkpoint)
         if not any(name in own and own[name].shape == tensor.shape for name, tensor in tensors.items()):
             raise UserError(

@@ -103,4 +103,4 @@ def test_runtime(name):
     assert cfg.custom_imports.imports == ['segmentation'] and cfg.randomness.seed == 0
     checkpoint = cfg.default_hooks.checkpoint
     assert (checkpoint.save_best, checkpoint.max_keep_ckpts, checkpoint.by_epoch) == ('mIoU', 3, False)
-    assert checkpoint.interval == cfg.train_cfg.val_interval == (500 if name in DIGITS else 16000)
+    assert checkpoint.interval == cfg.train_cfg.val_interval == (600 if name in DIGITS else 16000)
