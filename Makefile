@@ -48,10 +48,10 @@ install-classification: $(VENV)/.classification $(VENV)/.native-demo  ## classif
 demo: install-classification  ## train and test a small classifier on handwritten digits; MODEL=vrwkv6 for the other one
 	tools/demo.sh $(BIN)/python $(MODEL)
 
-demo-detection: install  ## find digits in cluttered scenes, a quarter of an hour
+demo-detection: install  ## find digits in cluttered scenes, minutes
 	tools/demo_dense.sh $(BIN)/python detection
 
-demo-segmentation: install  ## label their pixels, a quarter of an hour
+demo-segmentation: install  ## label their pixels, a quarter of an hour at most
 	tools/demo_dense.sh $(BIN)/python segmentation
 
 test: install  ## the test suite
