@@ -6,12 +6,12 @@ MODEL ?= vrwkv
 KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-install test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install demo-detection demo-segmentation test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
 install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo test test-slow lint bench wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint bench zoo wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -48,6 +48,12 @@ install-classification: $(VENV)/.classification $(VENV)/.native-demo  ## classif
 demo: install-classification  ## train and test a small classifier on handwritten digits; MODEL=vrwkv6 for the other one
 	tools/demo.sh $(BIN)/python $(MODEL)
 
+demo-detection: install  ## find digits in cluttered scenes, minutes
+	tools/demo_dense.sh $(BIN)/python detection
+
+demo-segmentation: install  ## label their pixels, a quarter of an hour at most
+	tools/demo_dense.sh $(BIN)/python segmentation
+
 test: install  ## the test suite
 	$(BIN)/python -m pytest -m 'not slow'
 
@@ -62,6 +68,10 @@ lint: install
 
 bench: install
 	$(BIN)/python tools/benchmark_ops.py
+
+zoo: install  ## the published models: params and FLOPs counted anew, tables of the READMEs made anew
+	$(BIN)/python tools/get_flops.py --zoo
+	$(BIN)/python tools/zoo.py
 
 wheel: $(VENV)/.torch  ## a wheel with native code for every supported GPU, where nvcc is found
 	TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;8.6;8.9;9.0;12.0+PTX}" $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -17,6 +17,13 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
+from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
+
+from openmmlab import LayerDecayConstructor  # noqa: E402
+
+from .mae import MaskedVRWKV, VRWKVDecoder  # noqa: E402
 from .models import VRWKV, VRWKV6, HiddenLayerClsHead  # noqa: E402
 
-__all__ = ['VRWKV', 'VRWKV6', 'HiddenLayerClsHead']
+OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=LayerDecayConstructor)
+
+__all__ = ['VRWKV', 'VRWKV6', 'HiddenLayerClsHead', 'MaskedVRWKV', 'VRWKVDecoder']

@@ -1,34 +1,21 @@
 """The backbones, registered in MMPretrain, and the head of VRWKV-L."""
 
-from copy import deepcopy
-
 from mmengine.model import BaseModule
 from mmpretrain.models import VisionTransformerClsHead
 from mmpretrain.registry import MODELS
 
+from openmmlab import InitCfg
 from vision_rwkv import backbones
 
 
 @MODELS.register_module()
-class VRWKV(backbones.VRWKV, BaseModule):
+class VRWKV(InitCfg, backbones.VRWKV, BaseModule):
     """`vision_rwkv.backbones.VRWKV` with MMEngine's `init_cfg`; same arguments, same tensor names."""
-
-    def __init__(self, *args, init_cfg=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.init_cfg = deepcopy(init_cfg)
-
-    init_weights = BaseModule.init_weights
 
 
 @MODELS.register_module()
-class VRWKV6(backbones.VRWKV6, BaseModule):
+class VRWKV6(InitCfg, backbones.VRWKV6, BaseModule):
     """`vision_rwkv.backbones.VRWKV6` with MMEngine's `init_cfg`; same arguments, same tensor names."""
-
-    def __init__(self, *args, init_cfg=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.init_cfg = deepcopy(init_cfg)
-
-    init_weights = BaseModule.init_weights
 
 
 @MODELS.register_module()

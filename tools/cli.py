@@ -9,6 +9,8 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
+from vision_rwkv.checkpoints import CheckpointError
+
 
 class UserError(Exception):
     """Something the caller can mend: reported as one line, without a stack."""
@@ -54,10 +56,10 @@ class _Obsolete(argparse.Action):
 
 
 def run(main) -> None:
-    """Call main(); a UserError becomes one line on stderr, from the first process alone, and exit status 2."""
+    """Call main(); an error of the user becomes one line on stderr, from the first process alone, and exit status 2."""
     try:
         main()
-    except UserError as error:
+    except (UserError, CheckpointError) as error:
         if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) > 0:
             time.sleep(10)  # leave the first process time to say it: it is stopped when another one ends
         else:

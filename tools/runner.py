@@ -1,9 +1,10 @@
 """MMEngine's runner, safe to kill and resume, and usable without a GPU."""
 
 import os
-import pickle
 import random
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import numpy as np
 import torch
 from mmengine import runner as mm
 from mmengine.device import get_device
+from mmengine.dist import all_reduce_params
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.runner.checkpoint import CheckpointLoader
 
+from openmmlab import fit_and_tell
 from tools.cli import UserError
+from vision_rwkv.checkpoints import CheckpointError
 
 
 class WholeFileBackend(LocalBackend):
@@ -63,6 +68,30 @@ class ValidateResumed(Hook):
             runner.val_loop.run()
 
 
+class AverageBuffers(Hook):
+    """Averages the statistics of batch norm over processes that do not share batches: those on a CPU.
+
+    Before anything is saved or tested, so that both are the same model.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def after_train_epoch(self, runner) -> None:
+        all_reduce_params(runner.model.buffers(), op='mean')
+
+    def before_val_epoch(self, runner) -> None:
+        self.after_train_epoch(runner)
+
+
+@contextmanager
+def data_errors(what: str) -> Iterator[None]:
+    """What is wrong with the data of ``what`` becomes a UserError."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise UserError(f'{what}: {error}') from error
+
+
 class Runner(mm.Runner):
     """MMEngine's Runner with gloo processes on a CPU, repeatable epochs and checkpoints that must fit."""
 
@@ -70,8 +99,11 @@ class Runner(mm.Runner):
         register_backend('local', WholeFileBackend, force=True, prefixes='')
         super().__init__(*args, **kwargs)
         self.register_hook(SeedEpochs())
-        if isinstance(self._train_loop, dict) and self._train_loop.get('by_epoch'):
+        loop = self._train_loop if isinstance(self._train_loop, dict) else {}
+        if loop.get('by_epoch') or loop.get('type') == 'EpochBasedTrainLoop':
             self.register_hook(ValidateResumed())
+        if self.distributed and get_device() == 'cpu':
+            self.register_hook(AverageBuffers())
 
     @property
     def resumed(self) -> bool:
@@ -104,18 +136,34 @@ class Runner(mm.Runner):
         if isinstance(dataloader, dict):
             dataloader = deepcopy(dataloader)
             dataloader.setdefault('worker_init_fn', {'type': _keep_seed})
-        try:
+        with data_errors('data'):
             return mm.Runner.build_dataloader(dataloader, seed=seed, diff_rank_seed=diff_rank_seed)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f'data: {error}') from error
 
-    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **kwargs) -> dict:
-        """As MMEngine's, but to test or resume, every tensor must have its place."""
-        strict = strict or self._resume or self._train_loop is None
+    def build_evaluator(self, evaluator):
+        """As MMEngine's."""
+        with data_errors('data to evaluate with'):
+            return super().build_evaluator(evaluator)
+
+    def load_checkpoint(self, filename: str, map_location='cpu', strict: bool = False, **_) -> dict:
+        """As MMEngine's, but of any layout and wholly or not at all: see `vision_rwkv.checkpoints.fit`.
+
+        To test or resume, every tensor must have its place.
+        """
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        start = not (strict or self._resume or self._train_loop is None)
         try:
-            return super().load_checkpoint(filename, map_location=map_location, strict=strict, **kwargs)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f'checkpoint {filename}: {error}') from error
+            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
+            fitted = fit_and_tell(checkpoint, model, filename, start)
+        except CheckpointError as error:
+            raise UserError(f'checkpoint {error}') from error
+        checkpoint['state_dict'] = fitted.tensors
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        model.load_state_dict(checkpoint['state_dict'], strict=False)
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        return checkpoint
 
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
         """As MMEngine's; best.pth points to the best one."""

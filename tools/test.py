@@ -7,6 +7,7 @@ if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in place of this folder
 
 import torch  # noqa: E402
+from mmengine.config import Config  # noqa: E402
 
 from tools.cli import Parser, UserError, check_data, check_file, load_config, run  # noqa: E402
 from tools.runner import Runner  # noqa: E402
@@ -32,9 +33,13 @@ OBSOLETE = {
     '--gpu-id': _GPUS,
     '--device': 'use CUDA_VISIBLE_DEVICES (empty for the CPU)',
     '--options': 'use --cfg-options KEY=VALUE',
-    '--aug-test': 'use a config with test-time augmentation',
+    '--aug-test': 'use --tta',
     '--fuse-conv-bn': 'there is no batch norm in the backbone to fuse',
 }
+
+
+# --out writes every prediction as MMEngine has it, unless the task has a leaner form.
+DUMPS = {'mmdet': 'DumpDetResults', 'mmseg': 'DumpSegResults'}
 
 
 def parse_args():
@@ -42,7 +47,16 @@ def parse_args():
     parser = Parser(__doc__, OBSOLETE)
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', metavar='FILE.pkl', help='write every prediction to this file')
+    parser.add_argument('--tta', action='store_true', help="test-time augmentation: the config's tta_pipeline")
     return parser.parse_args()
+
+
+def augment(cfg: Config) -> None:
+    """Test with the config's tta_pipeline, the predictions merged by its tta_model. Raises UserError without them."""
+    if not cfg.get('tta_pipeline') or not cfg.get('tta_model'):
+        raise UserError('--tta needs a config with tta_pipeline and tta_model')
+    cfg.model = {**cfg.tta_model, 'module': cfg.model}
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
 
 
 def main():
@@ -58,9 +72,14 @@ def main():
     cfg.merge_from_dict({'load_from': args.checkpoint, 'resume': False})
     for key in ('train_cfg', 'train_dataloader', 'optim_wrapper', 'param_scheduler'):
         cfg[key] = None
+    if args.tta:
+        augment(cfg)
     if args.out:
         metrics = cfg.test_evaluator if isinstance(cfg.test_evaluator, (list, tuple)) else [cfg.test_evaluator]
-        cfg.test_evaluator = [*metrics, {'type': 'DumpResults', 'out_file_path': args.out}]
+        cfg.test_evaluator = [
+            *metrics,
+            {'type': DUMPS.get(cfg.default_scope, 'DumpResults'), 'out_file_path': args.out},
+        ]
     Runner.from_cfg(cfg).test()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parent.parent / 'golden'
-sys.path.insert(0, str(GOLDEN))
+sys.path.insert(0, str(Path(__file__).parents[1] / 'golden'))
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,13 @@
 """Small models of both versions, filled with the golden recipe's weights."""
 
+from pathlib import Path
+
 import golden
 import torch
 
 from vision_rwkv.backbones import VRWKV, VRWKV6
+
+GOLDEN = Path(golden.__file__).parent
 
 
 def make(version, **arguments):

@@ -5,8 +5,7 @@ import copy
 import golden
 import pytest
 import torch
-from conftest import GOLDEN
-from models import images, make
+from models import GOLDEN, images, make
 from test_backbone_golden import SIZES, build
 
 from vision_rwkv.backbones import VRWKV, VRWKV6

@@ -5,7 +5,7 @@ import json
 import golden
 import pytest
 import torch
-from conftest import GOLDEN
+from models import GOLDEN
 
 from vision_rwkv.backbones import VRWKV, VRWKV6
 

@@ -221,3 +221,21 @@ def test_layers_can_be_replaced_and_hooked(version):
             assert not torch.allclose(model(images())[0], before, rtol=1e-4, atol=1e-5), name
             layer.__class__ = torch.nn.Linear
         assert torch.equal(model(images())[0], before)
+
+
+@pytest.mark.parametrize('version', BOTH)
+@pytest.mark.parametrize('frozen', [-1, 0, 2, 3])
+def test_frozen_stages(version, frozen):
+    extra = {'with_cls_token': True} if version is VRWKV6 else {}
+    model = make(version, frozen_stages=frozen, drop_path_rate=0.5, drop_rate=0.1, **extra).train()
+    scale = torch.ones((), requires_grad=True)  # something to train where everything else is frozen
+    (scale * model(images())[0]).sum().backward()
+    for name, parameter in model.named_parameters():
+        layer = int(name.split('.')[1]) if name.startswith('layers.') else 2 if name.startswith('ln1.') else -1
+        trains = layer >= frozen
+        assert parameter.requires_grad == trains == (parameter.grad is not None), name
+    assert [layer.training for layer in model.layers] == [i >= frozen for i in range(3)]
+    assert model.drop_after_pos.training == (frozen < 0)
+    assert not any(part.training for part in model.eval().modules())
+    with pytest.raises(ValueError, match='frozen_stages must be at most the depth, 3, got 4'):
+        make(version, frozen_stages=4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from plain_model import shift_loops
 
-from vision_rwkv.backbones.shift import Shift, q_shift, shift_and_mix
+from vision_rwkv.backbones.shift import SEQUENCE, Shift, q_shift, shift_and_mix
 
 
 def test_by_hand():
@@ -16,6 +16,11 @@ def test_by_hand():
     assert y[0, :, 1].tolist() == [2, 3, 0, 5, 6, 0]  # from the right
     assert y[0, :, 2].tolist() == [0, 0, 0, 1, 2, 3]  # from above
     assert y[0, :, 3].tolist() == [4, 5, 6, 0, 0, 0]  # from below
+
+
+def test_a_sequence_by_hand():
+    x = torch.arange(1.0, 7).view(1, 6, 1).expand(1, 6, 4)
+    assert q_shift(x, SEQUENCE, Shift(1, 0.25, 1))[0].tolist() == [[i] * 4 for i in range(6)]
 
 
 def test_mix_by_hand():

@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         final_norm: bool,
         interpolate_mode: str,
         with_cp: bool,
+        frozen_stages: int,
         with_cls_token: bool = False,
         output_cls_token: bool = False,
     ):
@@ -50,6 +51,9 @@ class Backbone(nn.Module):
         for name, size in sizes.items():
             check_int(name, size)
         check_int('shift_pixel', shift.pixels, minimum=0)
+        check_int('frozen_stages', frozen_stages, minimum=-1)
+        if frozen_stages > depth:
+            raise ValueError(f'frozen_stages must be at most the depth, {depth}, got {frozen_stages}')
         check_range('drop_rate', drop_rate, 0, 1)
         check_range('drop_path_rate', drop_path_rate, 0, 1)
         check_range('hidden_rate', hidden_rate, 1 / embed_dims, float('inf'))  # one hidden channel at least
@@ -86,6 +90,28 @@ class Backbone(nn.Module):
         )
         self.ln1 = nn.LayerNorm(embed_dims) if final_norm else None
         self.apply(init_linear)
+        self.frozen_stages = frozen_stages
+        self._freeze()
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        parts = [self.patch_embed, self.drop_after_pos, *self.layers[: self.frozen_stages]]
+        return [*parts, self.ln1] if self.ln1 is not None and self.frozen_stages == len(self.layers) else parts
+
+    def _freeze(self) -> None:
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+        for embedding in (self.pos_embed, self.cls_token):
+            if embedding is not None and self.frozen_stages >= 0:
+                embedding.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'Backbone':
+        """As PyTorch's, but what is frozen stays in evaluation mode, without dropout and drop path."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Images (B, in_channels, H, W) -> what the first layer takes: tokens (B, T, C) and the size of their map.

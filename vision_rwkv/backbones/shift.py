@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from vision_rwkv import ops
 
+SEQUENCE = (0, 0)  # in place of (h, w): the tokens are no map (some are masked) but a sequence
+
 
 class Shift(NamedTuple):
     """How a layer shifts its tokens.
@@ -28,8 +30,10 @@ def q_shift(x: Tensor, hw: tuple[int, int], shift: Shift) -> Tensor:
 
     x (B, T, C) -> (B, T, C), any dtype. The first h * w tokens form the map; quarters 1 to 4 take the left, right,
     upper and lower neighbour, zero beyond the border. Channels past the fourth border stay, and so do tokens past
-    the map (a class token).
+    the map (a class token). In a `SEQUENCE` each token takes all of the previous one's values, the first one zeros.
     """
+    if hw == SEQUENCE:
+        return F.pad(x, (0, 0, 1, -1))
     return ops.q_shift(x, [torch.zeros_like(x[0, 0])], hw, *shift)[0]
 
 
@@ -40,6 +44,9 @@ def shift_and_mix(x: Tensor, hw: tuple[int, int], mixes: Sequence[Tensor | None]
     """
     if not shift.pixels:
         return [x for _ in mixes]
+    if hw == SEQUENCE:
+        xx = q_shift(x, hw, shift)
+        return [x * mix + xx * (1 - mix) for mix in mixes if mix is not None]
     return ops.q_shift(x, [mix for mix in mixes if mix is not None], hw, *shift).unbind()
 
 
@@ -67,7 +74,7 @@ def shifted_linears(
     linears: Sequence[nn.Linear],
 ) -> list[Tensor]:
     """Every linear layer (without bias) of its blend of the normalised tokens x (B, T, C), see `shift_and_mix`."""
-    if not shift.pixels or not is_plain(*linears):
+    if not shift.pixels or hw == SEQUENCE or not is_plain(*linears):
         blends = shift_and_mix(apply_norm(norm, x), hw, mixes, shift)
         return [linear(blend) for linear, blend in zip(linears, blends, strict=True)]
     weights = [linear.weight for linear in linears]

@@ -65,6 +65,8 @@ class VRWKV(Backbone):
         final_norm: normalise the last layer's map.
         interpolate_mode: how the position embedding is resized: 'bicubic', 'bilinear' or 'nearest'.
         with_cp: gradient checkpointing of each block: less memory, more time, the same values.
+        frozen_stages: what does not train: -1 nothing, 0 the patch and position embedding, n the first n layers too;
+            all of them, and the final norm as well.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -90,6 +92,7 @@ class VRWKV(Backbone):
         final_norm: bool = True,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
+        frozen_stages: int = -1,
     ):
         check_choice('init_mode', init_mode, INIT_MODES)
         check_range('channel_gamma', channel_gamma, 0, 1 / 4, with_high=True)
@@ -113,4 +116,5 @@ class VRWKV(Backbone):
             final_norm=final_norm,
             interpolate_mode=interpolate_mode,
             with_cp=with_cp,
+            frozen_stages=frozen_stages,
         )

@@ -140,6 +140,7 @@ class VRWKV6(Backbone):
         final_norm: bool = True,
         interpolate_mode: str = 'bicubic',
         with_cp: bool = False,
+        frozen_stages: int = -1,
         with_cls_token: bool = False,
         output_cls_token: bool = False,
     ):
@@ -170,6 +171,7 @@ class VRWKV6(Backbone):
             final_norm=final_norm,
             interpolate_mode=interpolate_mode,
             with_cp=with_cp,
+            frozen_stages=frozen_stages,
             with_cls_token=with_cls_token,
             output_cls_token=output_cls_token,
         )

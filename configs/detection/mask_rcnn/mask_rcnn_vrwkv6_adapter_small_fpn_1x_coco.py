@@ -1,0 +1,27 @@
+"""Mask R-CNN with VRWKV6-S in a ViT-Adapter on COCO, 8 GPUs x 2 images.
+
+Not trained: nobody has published figures or weights for VRWKV6 with the adapter. The recipe is that of
+VRWKV-S.
+"""
+
+_base_ = [
+    '../_base_/models/mask_rcnn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/adamw_1x.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        type='VRWKV6_Adapter',
+        embed_dims=384,
+        num_heads=6,
+        drop_path_rate=0.2,
+        post_norm=True,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv6_s_in1k_224.pth',
+        ),
+    ),
+    neck=dict(in_channels=[384, 384, 384, 384]),
+)

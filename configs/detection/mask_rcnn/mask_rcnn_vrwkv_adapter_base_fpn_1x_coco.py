@@ -1,0 +1,23 @@
+"""Mask R-CNN with VRWKV-B in a ViT-Adapter on COCO, 8 GPUs x 2 images."""
+
+_base_ = [
+    '../_base_/models/mask_rcnn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/adamw_1x.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        embed_dims=768,
+        drop_path_rate=0.3,
+        post_norm=True,
+        deform_num_heads=12,
+        deform_ratio=0.5,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv_b_in1k_224.pth',
+        ),
+    ),
+    neck=dict(in_channels=[768, 768, 768, 768]),
+)

@@ -1,0 +1,23 @@
+"""Mask R-CNN with VRWKV-T in a ViT-Adapter on COCO, 8 GPUs x 2 images."""
+
+_base_ = [
+    '../_base_/models/mask_rcnn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/adamw_1x.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        embed_dims=192,
+        drop_path_rate=0.1,
+        init_values=1.0,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/vrwkv_t_in1k_224.pth',
+        ),
+    ),
+    neck=dict(in_channels=[192, 192, 192, 192]),
+)
+
+optim_wrapper = dict(optimizer=dict(lr=2e-4, weight_decay=0.01))

@@ -1,0 +1,7 @@
+"""The repository root on the path, as the scripts put it there."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))

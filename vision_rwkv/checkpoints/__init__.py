@@ -1,0 +1,9 @@
+"""Checkpoints of any origin: downloaded whole, read without running code from them, fitted to a model or refused."""
+
+from vision_rwkv.checkpoints._errors import CheckpointError, about
+from vision_rwkv.checkpoints.downloading import download
+from vision_rwkv.checkpoints.fitting import Fitted, fit, load
+from vision_rwkv.checkpoints.layouts import to_our_names
+from vision_rwkv.checkpoints.reading import read
+
+__all__ = ['CheckpointError', 'Fitted', 'about', 'download', 'fit', 'load', 'read', 'to_our_names']
