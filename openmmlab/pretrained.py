@@ -6,6 +6,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import weight_init
 from mmengine.registry import WEIGHT_INITIALIZERS
@@ -26,7 +27,9 @@ def _statistic(owner: Any, name: str) -> Callable:
 
 def _allowed() -> tuple[tuple[Callable, str], ...]:
     """What MMEngine's own checkpoints need to be resumed: logs, and numpy's numbers and arrays in them."""
-    named = [(f, f'{f.__module__}.{f.__qualname__}') for f in get_torch_safe_globals() if f is not getattr]
+    numbers = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float'] + '?'}
+    allowed = {*get_torch_safe_globals(), *numbers} - {getattr}
+    named = [(f, f'{f.__module__}.{f.__qualname__}') for f in allowed]
     old_numpy = [(f, name.replace('numpy._core', 'numpy.core')) for f, name in named if 'numpy._core' in name]
     return *named, *old_numpy, (_statistic, 'builtins.getattr')
 

@@ -125,6 +125,16 @@ def test_checkpoints_of_a_run_keep_what_a_resume_needs(tmp_path):
     assert hub['runtime_info'] == {'best_score': 7.5, 'at': slice(1, 2)}
 
 
+@pytest.mark.parametrize('kind', [np.float16, np.float32, np.float64, np.int32, np.int64, np.uint8, np.bool_])
+def test_numbers_of_any_kind_are_kept(kind, tmp_path):
+    """MMSegmentation's metrics are float32."""
+    numbers = {'metric': kind(1), 'metrics': np.ones(3, kind)}
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'message_hub': numbers}, tmp_path / 'a.pth')
+    found = CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'))['message_hub']
+    assert type(found['metric']) is kind and found['metric'] == 1
+    assert found['metrics'].dtype == kind and found['metrics'].all()
+
+
 def test_getattr_reaches_nothing_else(tmp_path):
     class Reach:
         def __init__(self, *arguments):
