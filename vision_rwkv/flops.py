@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vision_rwkv.backbones.blocks import Block
+from vision_rwkv.backbones.blocks import Block, PatchEmbed
 from vision_rwkv.backbones.vrwkv import SpatialMix
 from vision_rwkv.backbones.vrwkv6 import DECAY_RANK, HEAD_SIZE, MIX_RANK, SpatialMix6
 
@@ -51,8 +51,13 @@ def _block(block: Block, x: Tensor, y: Tensor) -> int:
     return tokens * total
 
 
-COSTS: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], int]] = {
+def _patch_embed(layer: PatchEmbed, x: Tensor, y: tuple[Tensor, tuple[int, int]]) -> int:
+    return y[0].numel() * layer.projection.weight[0].numel()
+
+
+COSTS: dict[type[nn.Module], Callable[[Any, Tensor, Any], int]] = {
     Block: _block,
+    PatchEmbed: _patch_embed,
     nn.Linear: _linear,
     nn.Conv2d: _conv,
     nn.ConvTranspose2d: _conv_transpose,
