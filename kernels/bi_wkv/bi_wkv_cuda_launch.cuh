@@ -10,7 +10,7 @@
 
 namespace bi_wkv {
 
-constexpr int kFewestRows = 4;         // smaller tiles would mostly exchange summaries
+constexpr int kFewestRows = 4;         // smaller tiles would mostly exchange sums
 constexpr int kTilesPerProcessor = 2;  // of a long sequence, at least, if that leaves such tiles
 
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }

@@ -1,6 +1,5 @@
 """The configs to fine-tune dense models with: a released file fits, last layers are new, first layers frozen."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -25,9 +24,6 @@ LAST_LAYERS = {
 @pytest.mark.parametrize('released', CONFIGS)
 def test_a_released_file_fits(released):
     pytest.importorskip('mmcv.ops', reason='needs mmcv with its operators')
-    base = re.search(r"_base_ = '\./(.*)'", (ROOT / CONFIGS[released]).read_text())[1]
-    if not (ROOT / CONFIGS[released]).with_name(base).exists():
-        pytest.skip('the configs of the published dense models are not here')
     sys.path.insert(0, str(ROOT))
     cfg = Config.fromfile(ROOT / CONFIGS[released])
     init_default_scope(cfg.default_scope)
