@@ -2,7 +2,6 @@
 // and are here so that a layer costs one call from Python. What each computes is written down there.
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -10,18 +9,13 @@
 #include <tuple>
 #include <vector>
 
+#include "dispatch.h"
+
 namespace vision_rwkv {
 namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-// Our own operators, by the dispatcher.
-
-template <typename Signature>
-auto find(const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Tensor gate(const Tensor& r, const Tensor& y) {
     static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::gate");
@@ -54,9 +48,15 @@ void input_gradient(const Tensor& g, const Tensor& map, const Tensor& out) {
     at::mm_out(to, rows(g), map.to(g.scalar_type()));
 }
 
+// Where a product may leave its sums unrounded, as on CUDA, a float32 weight's gradient is not rounded in between.
 Tensor map_gradient(const Tensor& g, const Tensor& x, const Tensor& map) {
-    Tensor out = at::empty({g.size(2), x.size(2)}, x.options());
-    at::mm_out(out, rows(g).t(), rows(x));
+    const bool unrounded = x.is_cuda() && map.scalar_type() == at::kFloat && x.element_size() == 2;
+    Tensor out = at::empty({g.size(2), x.size(2)}, unrounded ? map.options() : x.options());
+    if (unrounded) {
+        at::mm_out(out, rows(g).t(), rows(x), at::kFloat);
+    } else {
+        at::mm_out(out, rows(g).t(), rows(x));
+    }
     return out.to(map.scalar_type());
 }
 

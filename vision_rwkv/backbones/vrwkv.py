@@ -30,6 +30,14 @@ class SpatialMix(nn.Module):
         self.key_norm = nn.LayerNorm(dim) if key_norm else None
         self.output = nn.Linear(dim, dim, bias=False)
 
+    def plain_parts(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The mixes and maps of `forward`, unless something in it is out of the ordinary."""
+        linears = (self.key, self.value, self.receptance, self.output)
+        if not self.shift.pixels or self.key_norm is not None or not is_plain(*linears):
+            return None
+        mixes = [self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r]
+        return mixes, [linear.weight for linear in linears]
+
     def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
