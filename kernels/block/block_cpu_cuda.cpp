@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "fused/fused.h"
 
 namespace vision_rwkv {
 namespace {
@@ -47,9 +48,15 @@ std::vector<Tensor> mix_linear(const Tensor& x, at::TensorList mixes, at::Tensor
                    how.gamma, 1, how.dtype);
 }
 
-// The map of sigmoid(r) * bi_wkv(w / T, u / T, k, v).
-Tensor attention(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& r,
-                 const Tensor& map) {
+// The map of sigmoid(r) * bi_wkv(w / T, u / T, k, v); quiet: without gradients.
+Tensor attention(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& r, const Tensor& map,
+                 bool quiet) {
+    if (quiet && k.is_cuda()) {
+        static const auto fused =
+            find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+                "vision_rwkv::gated_bi_wkv");
+        return at::matmul(fused.call(w, u, k, v, r), map.t());
+    }
     static const auto wkv =
         find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::bi_wkv");
     static const auto gated = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gated_linear");
@@ -70,17 +77,6 @@ std::tuple<Tensor, Tensor> residual(const Tensor& x, const Tensor& z, const Mayb
         const MaybeTensor&, double, std::optional<double>)>("vision_rwkv::residual");
     const Tensor sum = x.to(at::promote_types(x.scalar_type(), z.scalar_type()));
     return op.call(sum, z, gate, norm.weight, norm.bias, gamma, scale, norm.eps, eps);
-}
-
-// All weights in the dtype of the products, by one kernel on a GPU.
-std::vector<Tensor> in_dtype(at::TensorList maps, at::ScalarType dtype) {
-    std::vector<Tensor> out;
-    for (const Tensor& map : maps) {
-        if (map.scalar_type() == dtype) return maps.vec();
-        out.push_back(at::empty_like(map, map.options().dtype(dtype)));
-    }
-    at::_foreach_copy_(out, maps);
-    return out;
 }
 
 // Whether autograd has to know of a call with these tensors.
@@ -116,7 +112,7 @@ std::tuple<Tensor, Tensor> vrwkv_block(const Tensor& x, const MaybeTensor& stats
 
     const auto kvr =
         mix_linear(x, mixes.slice(0, kSpatial), maps.slice(0, kSpatial), post_norm ? none : ln1, stats, how);
-    const Tensor z = attention(w, u, kvr[0], kvr[1], kvr[2], maps[3]);
+    const Tensor z = attention(w, u, kvr[0], kvr[1], kvr[2], maps[3], below.has_value());
     const auto [middle, middle_stats] = residual(x, z, std::nullopt, post_norm ? ln1 : none, gamma1, scale1,
                                                  post_norm ? std::nullopt : std::optional(eps2));
     const auto kr = mix_linear(middle, mixes.slice(kSpatial), maps.slice(4, 2), post_norm ? none : ln2,
