@@ -8,8 +8,11 @@
 #include <type_traits>
 
 #include "bi_wkv/bi_wkv_cuda.h"
+#include "divisor.cuh"
 
 namespace bi_wkv {
+
+using rows::Divisor;
 
 constexpr int kLanes = 16;  // channels of a tile: 64 bytes of a token in float32
 constexpr int kRow = 16;    // tokens of a thread, in registers
@@ -22,20 +25,6 @@ constexpr int kMaxThreads = kLanes * (kMany ? kMaxRowsOfMany : kMaxRows);
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 
 enum Phase { kForwardSums, kAdjointSums };
-
-// Division by a number that the host knows, for dividends below 2^31.
-struct Divisor {
-    unsigned by, magic, shift;
-
-    static Divisor make(int64_t by) {
-        unsigned shift = 0;
-        while ((int64_t(1) << shift) < by) ++shift;
-        const int64_t rest = (int64_t(1) << shift) - by;
-        return {static_cast<unsigned>(by), static_cast<unsigned>((rest << 32) / by + 1), shift};
-    }
-
-    __device__ unsigned divide(unsigned x) const { return (__umulhi(x, magic) + x) >> shift; }
-};
 
 // Two sums times exp(-m), with m an exponent near that of their largest term. In base e multiples of a float32 decay
 // are exact in double, however large; the fast path's own exponents are in base 2.

@@ -3,6 +3,7 @@
 #include <array>
 #include <tuple>
 
+#include "divisor.cuh"
 #include "rows.cuh"
 #include "tensors.cuh"
 
@@ -31,6 +32,7 @@ struct Neighbours {
 
 struct Place {
     int tokens, height, width, pixels, dim, borders[4];
+    Divisor by_tokens, by_width;
 
     __device__ Step step(int channel) const {
         const int place = channel % dim;
@@ -43,9 +45,12 @@ struct Place {
                 horizontal ? width : height};
     }
 
-    __device__ Neighbours neighbours(int position, const Step& step) const {
+    // index: of a token among those of all samples.
+    __device__ Neighbours neighbours(int index, const Step& step) const {
+        const int position = index - static_cast<int>(by_tokens.divide(index)) * tokens;
         if (position >= height * width) return {0, true, true};
-        const int row = position / width, at = step.horizontal ? position - row * width : row;
+        const int row = static_cast<int>(by_width.divide(position)),
+                  at = step.horizontal ? position - row * width : row;
         const auto exists = [&](int place) { return place >= 0 && place < step.limit; };
         return {step.offset, exists(at + step.pixels), exists(at - step.pixels)};
     }
@@ -68,17 +73,6 @@ __device__ __forceinline__ void load_parameter(const float* from, int channel, f
     }
 }
 
-// The normalised values of a row, before weight and bias; the values themselves without a norm.
-template <int kVec, typename X>
-__device__ __forceinline__ void load_unit(const Args& args, const X* x, int row, int channel, float (&unit)[kVec]) {
-    load(x + static_cast<int64_t>(row) * args.channels + channel, unit);
-    if (args.stats) {
-        const float2 stats = reinterpret_cast<const float2*>(args.stats)[row];
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) unit[j] = (unit[j] - stats.x) * stats.y;
-    }
-}
-
 // The mixes of a row: `mix`, less delta where there is one.
 template <int kVec, typename D>
 __device__ __forceinline__ void load_mix(const float (&mix)[kVec], const D* delta, int64_t at, float (&to)[kVec]) {
@@ -98,17 +92,30 @@ __global__ void __launch_bounds__(kBlock) mix_tokens(const Args args, const X* x
     load_parameter(args.weight, channel, 1.0f, weight);
     load_parameter(args.bias, channel, 0.0f, bias);
     const int first = blockIdx.x * blockDim.y * kTokens + threadIdx.y;
+    // All that is read of the tokens is asked for before any of it is used. What is not there is read elsewhere, and
+    // dropped.
+    Pack<X, kVec> here[kTokens], there[kTokens];
+    float2 stats[kTokens], far_stats[kTokens];
+    bool inside[kTokens];
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
-        const int row = first + k * blockDim.y;
-        if (row >= args.rows) continue;
-        const auto [offset, inside, taken] = args.place.neighbours(row % args.place.tokens, step);
-        load_unit(args, x, row, channel, own[k]);
-        if (inside) load_unit(args, x, row + offset, channel, far[k]);
+        const int row = min(first + k * static_cast<int>(blockDim.y), args.rows - 1);
+        const Neighbours found = args.place.neighbours(row, step);
+        const int source = row + (found.source ? found.offset : 0);
+        inside[k] = found.source;
+        here[k] = *reinterpret_cast<const Pack<X, kVec>*>(x + static_cast<int64_t>(row) * args.channels + channel);
+        there[k] = *reinterpret_cast<const Pack<X, kVec>*>(x + static_cast<int64_t>(source) * args.channels + channel);
+        const float2* all = reinterpret_cast<const float2*>(args.stats);
+        stats[k] = all ? all[row] : make_float2(0, 1);
+        far_stats[k] = all ? all[source] : make_float2(0, 1);
+    }
+#pragma unroll
+    for (int k = 0; k < kTokens; ++k) {
 #pragma unroll
         for (int j = 0; j < kVec; ++j) {
-            own[k][j] = own[k][j] * weight[j] + bias[j];
-            far[k][j] = inside ? far[k][j] * weight[j] + bias[j] : 0.0f;
+            own[k][j] = (to_float(here[k].values[j]) - stats[k].x) * stats[k].y * weight[j] + bias[j];
+            const float unit = (to_float(there[k].values[j]) - far_stats[k].x) * far_stats[k].y;
+            far[k][j] = inside[k] ? unit * weight[j] + bias[j] : 0.0f;
         }
     }
     for (int i = 0; i < args.mixes; ++i) {
@@ -201,7 +208,7 @@ __device__ __forceinline__ void start(const Args& args, const X* x, int64_t row,
 #pragma unroll
     for (int k = 0; k < kRows; ++k) {
         const int here = static_cast<int>(min(row + k * blockDim.y, last - 1));
-        const Neighbours found = args.place.neighbours(here % args.place.tokens, step);
+        const Neighbours found = args.place.neighbours(here, step);
         const int source = here + (found.source ? found.offset : 0), taker = here - (found.taker ? found.offset : 0);
         inside[k] = found.source;
         tokens.on[k] = active && row + k * blockDim.y < last;
@@ -331,8 +338,14 @@ struct Input {
         args.mixes = static_cast<int>(mixes_.size());
         // More than the map's sides is as good as past its border.
         const int64_t clipped = std::min(pixels, std::max(height, width));
-        args.place = Place{static_cast<int>(x.size(1)), static_cast<int>(height), static_cast<int>(width),
-                           static_cast<int>(clipped),   static_cast<int>(dim),    {}};
+        args.place = Place{static_cast<int>(x.size(1)),
+                           static_cast<int>(height),
+                           static_cast<int>(width),
+                           static_cast<int>(clipped),
+                           static_cast<int>(dim),
+                           {},
+                           Divisor::make(std::max<int64_t>(1, x.size(1))),
+                           Divisor::make(std::max<int64_t>(1, width))};
         vectors = dim % 4 == 0;
         for (int i = 0; i < 4; ++i) {
             args.place.borders[i] = static_cast<int>(dim * gamma * (i + 1));

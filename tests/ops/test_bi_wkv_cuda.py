@@ -159,7 +159,7 @@ def test_memory(tokens):
 def test_gated(tokens, channels, u, dtype):
     w, _, k, v, r = inputs(2, tokens, channels, dtype)
     w, u = w * tokens, u * torch.randn(channels, device='cuda') * tokens
-    wide = [x.double() for x in (w / tokens, u / tokens, k, v)]
+    wide = [w.double() / tokens, u.double() / tokens, k.double(), v.double()]
     want = fallback.bi_wkv(*wide) * torch.sigmoid(4 * r.double())
     got = gated_bi_wkv(w, u, k, v, 4 * r)
     assert got.dtype == dtype
