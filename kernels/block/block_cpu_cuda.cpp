@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dispatch.h"
@@ -69,6 +70,23 @@ Tensor squared_relu_linear(const Tensor& x, const Tensor& map) {
     return op.call(x, map);
 }
 
+// The values and the receptance of the channel mix; quiet: without gradients.
+std::pair<Tensor, Tensor> channel_mix(const Tensor& x, at::TensorList mixes, at::TensorList maps, const Norm& norm,
+                                      const MaybeTensor& stats, const How& how, bool quiet) {
+    if (!quiet || !x.is_cuda()) {
+        const auto kr = mix_linear(x, mixes, maps.slice(0, 2), norm, stats, how);
+        return {squared_relu_linear(kr[0], maps[2]), kr[1]};
+    }
+    static const auto mix =
+        find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                    const MaybeTensor&, SymInt, SymInt, int64_t, double, int64_t, at::ScalarType)>(
+            "vision_rwkv::q_shift");
+    static const auto mlp = find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::squared_relu_mlp");
+    const Tensor mixed = mix.call(x, mixes, std::nullopt, norm.weight, norm.bias, stats, how.height, how.width,
+                                  how.pixels, how.gamma, 1, how.dtype);
+    return {mlp.call(mixed.select(0, 0), maps[0], maps[2]), at::matmul(mixed.select(0, 1), maps[1].t())};
+}
+
 // x and the branch z, and the statistics of their sum for a norm with this eps.
 std::tuple<Tensor, Tensor> residual(const Tensor& x, const Tensor& z, const MaybeTensor& gate, const Norm& norm,
                                     const MaybeTensor& gamma, const MaybeTensor& scale, std::optional<double> eps) {
@@ -115,10 +133,9 @@ std::tuple<Tensor, Tensor> vrwkv_block(const Tensor& x, const MaybeTensor& stats
     const Tensor z = attention(w, u, kvr[0], kvr[1], kvr[2], maps[3], below.has_value());
     const auto [middle, middle_stats] = residual(x, z, std::nullopt, post_norm ? ln1 : none, gamma1, scale1,
                                                  post_norm ? std::nullopt : std::optional(eps2));
-    const auto kr = mix_linear(middle, mixes.slice(kSpatial), maps.slice(4, 2), post_norm ? none : ln2,
-                               post_norm ? MaybeTensor() : middle_stats, how);
-    return residual(middle, squared_relu_linear(kr[0], maps[6]), kr[1], post_norm ? ln2 : none, gamma2, scale2,
-                    next_eps);
+    const auto [values, r] = channel_mix(middle, mixes.slice(kSpatial), maps.slice(4), post_norm ? none : ln2,
+                                         post_norm ? MaybeTensor() : middle_stats, how, below.has_value());
+    return residual(middle, values, r, post_norm ? ln2 : none, gamma2, scale2, next_eps);
 }
 
 }  // namespace

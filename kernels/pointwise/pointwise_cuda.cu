@@ -173,6 +173,14 @@ Tensor squared_relu_cuda(const Tensor& x) {
     return stack[0].toTensor();
 }
 
+Tensor& squared_relu_in_place(Tensor& x) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    if (!x.is_contiguous() || !is_aligned(x) || !mapped(SquaredRelu{square_limit(x)}, {x}, {x})) {
+        x.copy_(squared_relu_cuda(x));
+    }
+    return x;
+}
+
 Tensor squared_relu_backward_cuda(const Tensor& g, const Tensor& x) {
     const c10::cuda::CUDAGuard guard(x.device());
     check_same("squared_relu", g, x);
@@ -495,6 +503,7 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("gate", gate_cuda);
     m.impl("gate_backward", gate_backward_cuda);
     m.impl("squared_relu", squared_relu_cuda);
+    m.impl("squared_relu_", squared_relu_in_place);
     m.impl("squared_relu_backward", squared_relu_backward_cuda);
     m.impl("residual", residual_cuda);
     m.impl("residual_backward", residual_backward_cuda);

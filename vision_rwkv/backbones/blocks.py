@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_rwkv.backbones.initial import depth_ratios, mix_parameter, ramp
 from vision_rwkv.backbones.shift import SEQUENCE, Shift, Stats, folded, is_plain, is_watched, shifted_linears
-from vision_rwkv.ops import Norm, gate, residual, squared_relu, squared_relu_linear
+from vision_rwkv.ops import Norm, gate, q_shift, residual, squared_relu, squared_relu_linear, squared_relu_mlp
 from vision_rwkv.ops._checks import autocast_dtype
 from vision_rwkv.ops._native import has_block
 
@@ -88,6 +88,9 @@ class ChannelMix(nn.Module):
         norm: a layer norm of x to apply first. finish: what becomes of the receptance and the values.
         """
         mixes = (self.spatial_mix_k, self.spatial_mix_r)
+        if x.is_cuda and not torch.is_grad_enabled() and hw != SEQUENCE and self.plain_parts() is not None:
+            k, r = q_shift(x, mixes, hw, *self.shift, norm=norm)
+            return finish(self.receptance(r), squared_relu_mlp(k, self.key.weight, self.value.weight))
         k, r = shifted_linears(x, hw, self.shift, norm, mixes, (self.key, self.receptance))
         if self.key_norm is None and is_plain(self.value):
             return finish(r, squared_relu_linear(k, self.value.weight))

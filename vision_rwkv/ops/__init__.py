@@ -11,6 +11,7 @@ from vision_rwkv.ops.fused import (
     residual,
     squared_relu,
     squared_relu_linear,
+    squared_relu_mlp,
 )
 from vision_rwkv.ops.q_shift import Norm, q_shift
 from vision_rwkv.ops.wkv6 import wkv6
@@ -29,5 +30,6 @@ __all__ = [
     'residual',
     'squared_relu',
     'squared_relu_linear',
+    'squared_relu_mlp',
     'wkv6',
 ]

@@ -16,6 +16,7 @@ from vision_rwkv.ops.q_shift import _WHERE, Norm, check_tokens
 _MIX = f'{_native.NAMESPACE}::mix_linear'
 _GATED = f'{_native.NAMESPACE}::gated_linear'
 _SQUARED = f'{_native.NAMESPACE}::squared_relu_linear'
+_MLP = f'{_native.NAMESPACE}::squared_relu_mlp'
 _ARGUMENTS = 'Tensor x, Tensor[] mixes, Tensor[] maps, Tensor? weight, Tensor? bias, Tensor? stats, float eps'
 _ARGUMENTS += f', {_WHERE}, ScalarType dtype'
 
@@ -25,6 +26,7 @@ torch.library.define(_GATED, '(Tensor r, Tensor y, Tensor map) -> Tensor')
 torch.library.define(f'{_GATED}_backward', '(Tensor g, Tensor r, Tensor y, Tensor map) -> (Tensor, Tensor, Tensor)')
 torch.library.define(_SQUARED, '(Tensor x, Tensor map) -> Tensor')
 torch.library.define(f'{_SQUARED}_backward', '(Tensor g, Tensor x, Tensor map) -> (Tensor, Tensor)')
+torch.library.define(_MLP, '(Tensor x, Tensor key, Tensor value) -> Tensor')
 
 
 # Products into given tensors, which autocast leaves alone: dtypes are settled before.
@@ -155,6 +157,16 @@ def _squared_relu_linear_backward_fake(g: Tensor, x: Tensor, map: Tensor) -> tup
     return x.new_empty(x.shape), map.new_empty(map.shape)
 
 
+@torch.library.impl(_MLP, 'CompositeExplicitAutograd')
+def _squared_relu_mlp(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.ops.vision_rwkv.squared_relu_linear(_linear(x, key), value)
+
+
+@torch.library.register_fake(_MLP)
+def _squared_relu_mlp_fake(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:2], value.shape[0]))
+
+
 def _save_inputs(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -221,6 +233,19 @@ def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     dtype = _checks.autocast_dtype(x)
     return torch.ops.vision_rwkv.squared_relu_linear(x.to(dtype), weight)
+
+
+def squared_relu_mlp(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The linear map ``value`` (E, D) of relu(y) ** 2, y that of x (B, T, C) by ``key`` (D, C); for inference.
+
+    In autocast's dtype under autocast. On CUDA some of the tokens are taken at a time, whose y the cache then holds.
+
+    Raises:
+        RuntimeError: gradients are asked for; see squared_relu_linear.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, key, value)):
+        raise RuntimeError('squared_relu_mlp has no gradient: use squared_relu_linear, or torch.no_grad()')
+    return torch.ops.vision_rwkv.squared_relu_mlp(x.to(_checks.autocast_dtype(x)), key, value)
 
 
 def residual(

@@ -78,6 +78,7 @@ def _squared_relu_backward(g: Tensor, x: Tensor) -> Tensor:
     return grad.masked_fill(x > FLOAT16_SQUARE_MAX, 0) if x.dtype == torch.float16 else grad
 
 
+torch.library.define(f'{_native.NAMESPACE}::squared_relu_', '(Tensor(a!) x) -> Tensor(a!)')  # for native code alone
 _register('squared_relu', '(Tensor x) -> Tensor', _squared_relu, lambda x: x.new_empty(x.shape))
 _register(
     'squared_relu_backward', '(Tensor g, Tensor x) -> Tensor', _squared_relu_backward, lambda g, x: x.new_empty(x.shape)
