@@ -1,4 +1,4 @@
-"""The model zoo: configs/TASK/metafile.yml holds it, this writes the tables of the READMEs and of docs/zoo.md from it."""
+"""The model zoo: configs/TASK/metafile.yml holds it, this writes the tables of READMEs and of docs/zoo.md from it."""
 
 import argparse
 import re
