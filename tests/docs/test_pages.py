@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,7 +67,7 @@ def test_commands_name_what_there_is(page, line):
     if program == 'make':
         assert set(arguments) <= targets(), line
     elif program == 'python' and arguments[0] == '-c':
-        subprocess.run([sys.executable, '-c', arguments[1]], cwd=ROOT, check=True, capture_output=True)
+        exec(compile(arguments[1], page, 'exec'), {})
     elif program in ('pip', 'docker', 'nvcc'):
         files = [word for word in arguments if word.startswith('requirements/')]
         extras = re.findall(r"'\.\[(\w+)\]'", line)
