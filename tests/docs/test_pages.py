@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools import zoo  # noqa: E402
+
 NAMES = ('install', 'data', 'models', 'operators', 'versions', 'zoo', 'faq', 'tutorial')
 PAGES = {name: (ROOT / f'docs/{name}.md').read_text() for name in NAMES} | {
     'contributing': (ROOT / 'CONTRIBUTING.md').read_text()
@@ -130,6 +135,13 @@ def test_versions_are_those_of_the_requirements():
         assert f'| {pinned[package]} |' in line, line
     mmcv = re.search(r'package=onedl-mmcv==(\S+)', (ROOT / 'tools/install_mmcv.sh').read_text())[1]
     assert f'(onedl-mmcv) | {mmcv} |' in PAGES['versions']
+
+
+def test_figures_cited_are_those_of_the_zoo():
+    cited = re.findall(r'\b([TSB]) ([\d.]+) to ([\d.]+)', PAGES['faq'])
+    top1 = {row.alias: row.metrics.get('Top 1 Accuracy') for row in zoo.read('classification')}
+    assert len(cited) == 3
+    assert all((float(six), float(plain)) == (top1[f'VRWKV6-{x}'], top1[f'VRWKV-{x}']) for x, six, plain in cited)
 
 
 def test_the_dockerfile_names_what_there_is():

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 from mkdocs.commands.build import build  # noqa: E402
 from mkdocs.config import load_config  # noqa: E402
 
+from tools import zoo  # noqa: E402
 from tools.mkdocs_hooks import PAGES, page_of, rewrite  # noqa: E402
 
 ADDRESS = 'https://example.org/house'
@@ -99,7 +100,10 @@ def test_strict_build(monkeypatch, tmp_path):
     for picture in re.findall(r'<img alt="[^"]+" src="(plots/\w+\.svg)"', benchmarks):
         assert (tmp_path / picture).read_bytes().startswith(b'<?xml')
     assert benchmarks.count('src="plots/') == 6 and '<!-- plot' not in benchmarks
-    assert f'{ADDRESS}/blob/main/configs/detection' in (tmp_path / 'zoo.html').read_text()
+    models = (tmp_path / 'zoo.html').read_text()
+    assert all(
+        f'"{row.weights}"' in models and f'"{ADDRESS}/blob/main/{row.config}"' in models for row in zoo.read_all()
+    )
     assert not [path for path in tmp_path.rglob('*.html') if 'fonts.googleapis' in path.read_text()]
 
 
