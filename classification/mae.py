@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vision_rwkv import backbones
 from vision_rwkv.backbones._checks import check_range
+from vision_rwkv.backbones.blocks import Carry
 from vision_rwkv.backbones.initial import init_linear
 from vision_rwkv.backbones.shift import SEQUENCE
 
@@ -61,8 +62,9 @@ class MaskedVRWKV(VRWKV):
         x, _ = self.embed(x)
         kept, places, mask = draw_mask(*x.shape[:2], self.mask_ratio, x.device)
         x = pick(x, kept)
+        carry = Carry()
         for layer in self.layers:
-            x = layer(x, SEQUENCE)
+            x = layer(x, SEQUENCE, carry)
         return self.ln1(x), mask, places
 
 
@@ -103,6 +105,7 @@ class VRWKVDecoder(BaseModule):
         x = self.decoder_embed(x)
         masked = self.mask_token.expand(len(x), places.shape[1] - x.shape[1], -1)
         x = pick(torch.cat([x, masked], 1), places) + self.pos_embed
+        carry = Carry()
         for layer in self.layers:
-            x = layer(x, self.grid)
+            x = layer(x, self.grid, carry)
         return self.decoder_pred(self.ln1(x))

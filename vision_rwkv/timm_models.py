@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vision_rwkv.backbones import VRWKV, VRWKV6
 from vision_rwkv.backbones._checks import check_choice, check_int, check_range
+from vision_rwkv.backbones.blocks import Carry
 from vision_rwkv.backbones.initial import init_linear
 from vision_rwkv.checkpoints import download, fit, read, to_our_names
 
@@ -140,12 +141,12 @@ class VisionRWKV(nn.Module):
         check_choice('output_fmt', output_fmt, ('NCHW', 'NLC'))
         wanted, last = take_indices(len(self.backbone.layers), indices)
         final_norm = self.backbone.ln1 or nn.Identity()
-        intermediates = []
+        intermediates, carry = [], Carry()
         x, hw = self.backbone.embed(x)
         for i, layer in enumerate(self.backbone.layers):
             if stop_early and i > last:
                 break
-            x = layer(x, hw)
+            x = layer(x, hw, carry)
             if i in wanted:
                 y = final_norm(x) if norm else x
                 intermediates.append(y if output_fmt == 'NLC' else y.transpose(1, 2).unflatten(2, hw).contiguous())

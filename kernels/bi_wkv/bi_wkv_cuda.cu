@@ -90,26 +90,42 @@ void launch(const Call& call, const Tensor& k) {
     }
 }
 
-Tensor forward(const Tensor& w_in, const Tensor& u_in, const Tensor& k_in, const Tensor& v_in) {
+void check_like_k(const Tensor& x, const char* name, const Tensor& k) {
+    TORCH_CHECK(x.sizes() == k.sizes() && x.device() == k.device(), "bi_wkv: ", name, " must have k's shape ",
+                k.sizes(), " and device, got ", x.sizes(), " on ", x.device());
+}
+
+// r: of a gated forward, or null.
+Tensor run_forward(const Tensor& w_in, const Tensor& u_in, const Tensor& k_in, const Tensor& v_in, const Tensor* r_in) {
     check(w_in, u_in, k_in, v_in);
+    if (r_in) check_like_k(*r_in, "r", k_in);
     const c10::cuda::CUDAGuard guard(k_in.device());
     const at::ScalarType dtype = tensor_dtype({&w_in, &u_in, &k_in, &v_in}, k_in);
     const Tensor w = w_in.contiguous(), u = u_in.contiguous();
     const Tensor k = k_in.to(dtype).contiguous(), v = v_in.to(dtype).contiguous();
+    const Tensor r = r_in ? r_in->to(dtype).contiguous() : Tensor();
     const Tensor y = at::empty(k.sizes(), k.options());
     if (k.numel() > 0) {
         Call call = new_call(w, u, k, v);
         call.y = y.mutable_data_ptr();
+        if (r_in) call.r = r.const_data_ptr();
         launch(call, k);
     }
     return y.to(k_in.scalar_type());
 }
 
+Tensor forward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v) {
+    return run_forward(w, u, k, v, nullptr);
+}
+
+Tensor gated(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v, const Tensor& r) {
+    return run_forward(w, u, k, v, &r);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w_in, const Tensor& u_in, const Tensor& k_in,
                                                     const Tensor& v_in, const Tensor& gy_in) {
     check(w_in, u_in, k_in, v_in);
-    TORCH_CHECK(gy_in.sizes() == k_in.sizes() && gy_in.device() == k_in.device(), "bi_wkv: gy must have k's shape ",
-                k_in.sizes(), " and device, got ", gy_in.sizes(), " on ", gy_in.device());
+    check_like_k(gy_in, "gy", k_in);
     const c10::cuda::CUDAGuard guard(k_in.device());
     const at::ScalarType dtype = tensor_dtype({&w_in, &u_in, &k_in, &v_in, &gy_in}, k_in);
     const Tensor w = w_in.contiguous(), u = u_in.contiguous();
@@ -135,5 +151,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w_in, const Te
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("bi_wkv", bi_wkv::forward);
+    m.impl("gated_bi_wkv", bi_wkv::gated);
     m.impl("bi_wkv_backward", bi_wkv::backward);
 }

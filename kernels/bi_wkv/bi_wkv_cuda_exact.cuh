@@ -80,9 +80,8 @@ __device__ inline void exact_exchange(const Problem& p, const Tile& t, const Exa
 }
 
 __device__ inline ExactRow exact_row(const Problem& p, const Tile& t, unsigned lanes) {
-    const unsigned channel = min(t.channel(), p.channels - 1);
-    return {load_parameter<double>(p.call.w, p.call.w_type, channel),
-            load_parameter<double>(p.call.u, p.call.u_type, channel),
+    return {channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel()),
+            channel_parameter<double>(p, p.call.u, p.call.u_type, t.channel()),
             t.channel() < p.channels && has_lane(lanes) ? max(0, min(kRow, t.left())) : 0, has_lane(lanes)};
 }
 
@@ -147,10 +146,13 @@ __device__ __noinline__ void exact_outputs(const Problem& p, unsigned number, un
     exact_exchange(p, t, row, kForwardSums, sums);
     exact_scan(row, term, sums, before, after);
     T* y = static_cast<T*>(p.call.y) + row_offset(p, t);
+    const T* r = p.call.r ? static_cast<const T*>(p.call.r) + row_offset(p, t) : nullptr;
     for (int j = 0; j < row.valid; ++j) {
         const State own = term(j);
         double log_sum;
-        store(y + j * p.call.channels, exact_output(before[j], after[j], {own.m + row.u, own.x, own.y}, &log_sum));
+        const double value = exact_output(before[j], after[j], {own.m + row.u, own.x, own.y}, &log_sum);
+        const double gate = r ? 1 / (1 + exp(-static_cast<double>(to_real(r[j * p.call.channels])))) : 1;
+        store(y + j * p.call.channels, gate * value);
     }
 }
 

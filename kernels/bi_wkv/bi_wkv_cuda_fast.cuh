@@ -67,18 +67,19 @@ __device__ inline Staged<T> staged(const Problem& p, int tensor) {
     return {shared_parts(p).staged + tensor * p.plan.rows * Staged<T>::kRowBytes};
 }
 
-// Starts to copy the tensors that a kernel reads: k, v and, where there are three, gy.
+// Starts to copy the tensors that a kernel reads: k, v and, where there are three, gy or r.
 template <typename T, int kTensors>
 __device__ inline void start_copies(const Problem& p, const Tile& t) {
     const CopyPart<T> part(p, t);
+    const void* third = p.call.backward ? p.call.gy : p.call.r;
     if (part.is_plain(p, t)) {
         part.start(staged<T>(p, 0), p.call.k, p);
         part.start(staged<T>(p, 1), p.call.v, p);
-        if constexpr (kTensors == 3) part.start(staged<T>(p, 2), p.call.gy, p);
+        if constexpr (kTensors == 3) part.start(staged<T>(p, 2), third, p);
     } else {
         part.template copy<true>(staged<T>(p, 0), p.call.k, p, t);
         part.template copy<false>(staged<T>(p, 1), p.call.v, p, t);
-        if constexpr (kTensors == 3) part.template copy<false>(staged<T>(p, 2), p.call.gy, p, t);
+        if constexpr (kTensors == 3) part.template copy<false>(staged<T>(p, 2), third, p, t);
     }
 }
 
@@ -105,9 +106,8 @@ __device__ inline void write_row(void* to, const Problem& p, const Tile& t, cons
 }
 
 __device__ inline Channel load_channel(const Problem& p, const Tile& t) {
-    const unsigned channel = min(t.channel(), p.channels - 1);
-    const float w = load_parameter<float>(p.call.w, p.call.w_type, channel) * static_cast<float>(kLog2E);
-    const float u = load_parameter<float>(p.call.u, p.call.u_type, channel) * static_cast<float>(kLog2E);
+    const float w = channel_parameter<float>(p, p.call.w, p.call.w_type, t.channel()) * static_cast<float>(kLog2E);
+    const float u = channel_parameter<float>(p, p.call.u, p.call.u_type, t.channel()) * static_cast<float>(kLog2E);
     const bool in_range = fabsf(w) * p.chunk_tokens <= kDecaySpan && fabsf(u) <= kBonusSpan;
     return {w, fast_exp2(-w), fast_exp2(-kRow * w), fast_exp2(u), in_range};
 }

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kCarryThreads) carry_kernel(const __grid_const
     Tile t{};
     t.sample = blockIdx.x / p.plan.slices, t.slice = blockIdx.x % p.plan.slices;
     const int side = this_row() % 2, part = this_row() / 2, chunks = p.plan.chunks;
-    const double w = load_parameter<double>(p.call.w, p.call.w_type, min(t.channel(), p.channels - 1));
+    const double w = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel());
     const int length = (chunks + kCarryParts - 1) / kCarryParts;
     // Counted from where the sums come from.
     const int first = min(part * length, chunks), end = min(first + length, chunks);
@@ -232,18 +232,33 @@ __device__ inline void receive(const Problem& p, const Tile& t, const Channel& c
     }
 }
 
-template <typename T, bool kMany>
-__global__ void __launch_bounds__(kMaxThreads<kMany>, kMany ? 6 : 3) output_kernel(const __grid_constant__ Problem p) {
+// Gates keep a row of r in registers, for which fewer blocks have room.
+constexpr int output_blocks(bool many, bool gated) { return many ? (gated ? 5 : 6) : (gated ? 2 : 3); }
+
+template <typename T, bool kMany, bool kGated>
+__global__ void __launch_bounds__(kMaxThreads<kMany>, output_blocks(kMany, kGated))
+    output_kernel(const __grid_constant__ Problem p) {
     const auto fast = [&](const Tile& t, const Channel& channel, auto next) {
         float e[kRow], ev[kRow], reference;
+        [[maybe_unused]] float gate[kGated ? kRow : 1];
         Pair in[2];
         constexpr Others kOthers = kMany ? kForward : kNone;
-        receive<T, kOthers, false>(p, t, channel, e, ev, &reference, in, [] {}, next);
+        const auto read_gate = [&] {
+            if constexpr (kGated) read_row(staged<T>(p, 2), gate);
+        };
+        receive<T, kOthers, false>(p, t, channel, e, ev, &reference, in, read_gate, next);
         outputs(channel, e, ev, in[0], in[1]);
+        if constexpr (kGated) {
+#pragma unroll
+            for (int j = 0; j < kRow; ++j) {
+                ev[j] *= fast_reciprocal(1 + fast_exp2(-static_cast<float>(kLog2E) * gate[j]));
+            }
+        }
         write_row<T>(p.call.y, p, t, ev);
     };
     // The last tiles first: theirs are the tokens that sums_kernel left in the L2 cache.
-    for_each_tile<T, 2, kMany>(p, fast, [&](unsigned i, unsigned lanes) { exact_outputs<T>(p, i, lanes); });
+    for_each_tile<T, kGated ? 3 : 2, kMany>(p, fast,
+                                            [&](unsigned i, unsigned lanes) { exact_outputs<T>(p, i, lanes); });
 }
 
 }  // namespace bi_wkv

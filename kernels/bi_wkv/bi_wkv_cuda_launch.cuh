@@ -50,7 +50,8 @@ Problem make_problem(const Call& call, const Plan& plan, void* workspace) {
     p.token_bytes = p.channels * sizeof(T);
     p.chunk_tokens = plan.rows * kRow;
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
-    p.vectors = call.channels * sizeof(T) % 16 == 0 && aligned(call.k) && aligned(call.v) && aligned(call.gy);
+    p.vectors = call.channels * sizeof(T) % 16 == 0 && aligned(call.k) && aligned(call.v) && aligned(call.r) &&
+                aligned(call.gy);
     p.by_slices = Divisor::make(plan.slices);
     p.by_chunks = Divisor::make(plan.chunks);
     // Doubles come first: all are aligned.
@@ -127,7 +128,11 @@ void run(const Call& call, const Plan& plan, void* workspace) {
         launcher.carry<T>(kForwardSums);
     }
     if (!call.backward) {
-        launcher.tiles<T>(many ? output_kernel<T, true> : output_kernel<T, false>, 2);
+        if (call.r) {
+            launcher.tiles<T>(many ? output_kernel<T, true, true> : output_kernel<T, false, true>, 3);
+        } else {
+            launcher.tiles<T>(many ? output_kernel<T, true, false> : output_kernel<T, false, false>, 2);
+        }
         return;
     }
     if (many) {

@@ -2,7 +2,6 @@
 // and are here so that a layer costs one call from Python. What each computes is written down there.
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -10,18 +9,14 @@
 #include <tuple>
 #include <vector>
 
+#include "dispatch.h"
+#include "fused/fused.h"
+
 namespace vision_rwkv {
 namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
-
-// Our own operators, by the dispatcher.
-
-template <typename Signature>
-auto find(const char* name) {
-    return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 Tensor gate(const Tensor& r, const Tensor& y) {
     static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::gate");
@@ -54,9 +49,15 @@ void input_gradient(const Tensor& g, const Tensor& map, const Tensor& out) {
     at::mm_out(to, rows(g), map.to(g.scalar_type()));
 }
 
+// Where a product may leave its sums unrounded, as on CUDA, a float32 weight's gradient is not rounded in between.
 Tensor map_gradient(const Tensor& g, const Tensor& x, const Tensor& map) {
-    Tensor out = at::empty({g.size(2), x.size(2)}, x.options());
-    at::mm_out(out, rows(g).t(), rows(x));
+    const bool unrounded = x.is_cuda() && map.scalar_type() == at::kFloat && x.element_size() == 2;
+    Tensor out = at::empty({g.size(2), x.size(2)}, unrounded ? map.options() : x.options());
+    if (unrounded) {
+        at::mm_out(out, rows(g).t(), rows(x), at::kFloat);
+    } else {
+        at::mm_out(out, rows(g).t(), rows(x));
+    }
     return out.to(map.scalar_type());
 }
 
@@ -95,10 +96,11 @@ void check_counts(at::TensorList mixes, at::TensorList maps) {
                 " mixes, got ", maps.size());
 }
 
-std::vector<Tensor> mix_linear(const Tensor& x, at::TensorList mixes, at::TensorList maps, const MaybeTensor& weight,
+std::vector<Tensor> mix_linear(const Tensor& x, at::TensorList mixes, at::TensorList maps_in, const MaybeTensor& weight,
                                const MaybeTensor& bias, const MaybeTensor& stats, double eps, int64_t height,
                                int64_t width, int64_t pixels, double gamma, int64_t heads, at::ScalarType dtype) {
-    check_counts(mixes, maps);
+    check_counts(mixes, maps_in);
+    const std::vector<Tensor> maps = in_dtype(maps_in, dtype);
     Mix mix{x, mixes, weight, bias, stats, height, width, pixels, gamma, heads};
     mix.measure(eps);
     const Tensor mixed = mix.forward(dtype);
@@ -117,11 +119,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> mix_linear_backw
     Mix mix{x, mixes, weight, bias, stats, height, width, pixels, gamma, heads};
     mix.measure(eps);
     const Tensor mixed = mix.forward(dtype);
+    const std::vector<Tensor> cast = in_dtype(maps, dtype);
     std::vector<Tensor> gmaps;
     for (size_t i = 0; i < maps.size(); ++i) {
         const Tensor part = mixed.select(0, static_cast<int64_t>(i));
         gmaps.push_back(map_gradient(g[i], part, maps[i]));
-        input_gradient(g[i], maps[i], part);  // in place of the input, which is no longer needed
+        input_gradient(g[i], cast[i], part);  // in place of the input, which is no longer needed
     }
     auto [gx, gmixes, none, gweight, gbias] = mix.backward(mixed);
     return {gx, gmixes, gmaps, gweight, gbias};
@@ -148,6 +151,12 @@ std::tuple<Tensor, Tensor> squared_relu_linear_backward(const Tensor& g, const T
     return {op.call(squared, x), gmap};
 }
 
+std::vector<Tensor> cast_weights(at::TensorList weights, at::ScalarType dtype) {
+    std::vector<Tensor> out;
+    for (const Tensor& weight : weights) out.push_back(weight.to(dtype));
+    return out;
+}
+
 void implement(torch::Library& m) {
     m.impl("mix_linear", mix_linear);
     m.impl("mix_linear_backward", mix_linear_backward);
@@ -159,6 +168,10 @@ void implement(torch::Library& m) {
 
 }  // namespace
 
+TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
+    m.def("cast_weights(Tensor[] weights, ScalarType dtype) -> Tensor[]");
+    m.impl("cast_weights", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(cast_weights));
+}
 TORCH_LIBRARY_IMPL(vision_rwkv, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) { implement(m); }
 

@@ -183,6 +183,70 @@ Tensor squared_relu_backward_cuda(const Tensor& g, const Tensor& x) {
     return stack[0].toTensor();
 }
 
+// Weights
+// -------------------------------------------------------------------------------------------------------
+
+constexpr int kMostWeights = 8, kCastValues = 8;  // of a launch; of a thread
+
+struct CastArgs {
+    const float* from[kMostWeights];
+    void* to[kMostWeights];
+    int64_t sizes[kMostWeights];
+    int first_blocks[kMostWeights + 1];  // a block serves one weight
+};
+
+template <typename T>
+__global__ void cast_blocks(const __grid_constant__ CastArgs args) {
+    int i = 0;
+    while (static_cast<int>(blockIdx.x) >= args.first_blocks[i + 1]) ++i;
+    const int64_t block = blockIdx.x - args.first_blocks[i];
+    const int64_t at = (block * kBlock + threadIdx.x) * kCastValues;
+    const float* from = args.from[i];
+    T* to = static_cast<T*>(args.to[i]);
+    if (at + kCastValues <= args.sizes[i]) {
+        float values[kCastValues];
+        load(from + at, values);
+        store(to + at, values);
+    } else {
+        for (int64_t j = at; j < args.sizes[i]; ++j) to[j] = from_float<T>(from[j]);
+    }
+}
+
+std::vector<Tensor> cast_weights_cuda(at::TensorList weights, at::ScalarType dtype) {
+    std::vector<Tensor> out;
+    CastArgs args{};
+    bool one_launch = weights.size() <= kMostWeights && (dtype == at::kBFloat16 || dtype == at::kHalf);
+    for (size_t i = 0; i < weights.size() && one_launch; ++i) {
+        const Tensor& weight = weights[i];
+        one_launch = weight.scalar_type() == at::kFloat && weight.is_contiguous() &&
+                     reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % (kCastValues * sizeof(float)) == 0 &&
+                     weight.device() == weights[0].device();
+    }
+    if (!one_launch) {
+        for (const Tensor& weight : weights) out.push_back(weight.to(dtype));
+        return out;
+    }
+    const c10::cuda::CUDAGuard guard(weights[0].device());
+    for (size_t i = 0; i < weights.size(); ++i) {
+        out.push_back(at::empty(weights[i].sizes(), weights[i].options().dtype(dtype)));
+        args.from[i] = weights[i].const_data_ptr<float>();
+        args.to[i] = out[i].mutable_data_ptr();
+        args.sizes[i] = weights[i].numel();
+        const int64_t values = kBlock * kCastValues;
+        args.first_blocks[i + 1] = args.first_blocks[i] + static_cast<int>((args.sizes[i] + values - 1) / values);
+    }
+    const int blocks = args.first_blocks[weights.size()];
+    if (blocks == 0) return out;
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    if (dtype == at::kHalf) {
+        cast_blocks<__half><<<blocks, kBlock, 0, stream>>>(args);
+    } else {
+        cast_blocks<__nv_bfloat16><<<blocks, kBlock, 0, stream>>>(args);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return out;
+}
+
 // Token by token
 // -------------------------------------------------------------------------------------------------------
 
@@ -427,6 +491,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor&
 }
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
+    m.impl("cast_weights", cast_weights_cuda);
     m.impl("gate", gate_cuda);
     m.impl("gate_backward", gate_backward_cuda);
     m.impl("squared_relu", squared_relu_cuda);

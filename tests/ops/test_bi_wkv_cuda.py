@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_rwkv.ops import bi_wkv, fallback
+from vision_rwkv.ops import bi_wkv, fallback, gated_bi_wkv
 
 pytestmark = pytest.mark.cuda
 
@@ -151,3 +151,36 @@ def test_memory(tokens):
     before = torch.cuda.memory_allocated()
     torch.ops.vision_rwkv.bi_wkv_backward(w, u, k, v, gy)
     assert torch.cuda.max_memory_allocated() - before < 3 * k.nbytes
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('tokens,channels', [(1, 40), (49, 33), (196, 192), (257, 48), (4200, 40)])
+@pytest.mark.parametrize('u', [1, 60])  # the latter takes the exact path
+def test_gated(tokens, channels, u, dtype):
+    w, _, k, v, r = inputs(2, tokens, channels, dtype)
+    w, u = w * tokens, u * torch.randn(channels, device='cuda') * tokens
+    wide = [x.double() for x in (w / tokens, u / tokens, k, v)]
+    want = fallback.bi_wkv(*wide) * torch.sigmoid(4 * r.double())
+    got = gated_bi_wkv(w, u, k, v, 4 * r)
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() <= TOLERANCE[dtype][0] * want.norm()
+
+
+def test_gated_takes_views_and_no_tokens():
+    w, u, k, v, r = inputs(2, 60, 32)
+    k, v, r = (x.unflatten(1, (30, 2))[:, :, 0] for x in (k, v, r))
+    want = gated_bi_wkv(w, u, k.contiguous(), v.contiguous(), r.contiguous())
+    assert torch.equal(gated_bi_wkv(w, u, k, v, r), want)
+    assert gated_bi_wkv(w, u, k[:, :0], v[:, :0], r[:, :0]).shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_weights_are_cast_together(dtype):
+    torch.manual_seed(0)
+    weights = [torch.randn(n, device='cuda') for n in (1, 7, 2048, 2049, 5000, 0)]
+    views = [torch.randn(33, device='cuda')[1:], torch.randn(8, 6, device='cuda').t()]
+    many = [torch.randn(3, device='cuda') for _ in range(9)]
+    for case in (weights, views, many, []):
+        got = torch.ops.vision_rwkv.cast_weights(case, dtype)
+        assert len(got) == len(case)
+        assert all(torch.equal(x, y.to(dtype)) for x, y in zip(got, case, strict=True))

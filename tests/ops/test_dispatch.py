@@ -14,7 +14,7 @@ from op_cases import (
     wkv6_inputs,
 )
 
-from vision_rwkv.ops import bi_wkv, wkv6
+from vision_rwkv.ops import bi_wkv, gated_bi_wkv, wkv6
 
 BOTH = ['bi_wkv', 'wkv6']
 LAYOUT = {'bi_wkv': {'w': 'C', 'u': 'C', 'k': 'BTC', 'v': 'BTC'}, 'wkv6': dict.fromkeys('rkvw', 'BTHN') | {'u': 'HN'}}
@@ -42,6 +42,22 @@ def test_opcheck(name, dtype, device):
     inputs = [x.detach() for x in inputs]
     gy = torch.randn_like(inputs[2])
     torch.library.opcheck(getattr(torch.ops.vision_rwkv, f'{name}_backward').default, [*inputs, gy])
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_gated_bi_wkv(dtype, device):
+    w, u, k, v = make('bi_wkv', dtype, device).values()
+    r = torch.randn_like(k)
+    want = torch.sigmoid(r) * bi_wkv(w / k.shape[1], u / k.shape[1], k, v)
+    torch.testing.assert_close(gated_bi_wkv(w, u, k, v, r), want)
+    torch.library.opcheck(
+        torch.ops.vision_rwkv.gated_bi_wkv.default,
+        (w, u, k, v, r),
+        test_utils=['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic'],
+    )
+    with pytest.raises(RuntimeError, match='gated_bi_wkv has no gradient'):
+        gated_bi_wkv(w, u, k.requires_grad_(), v, r)
 
 
 @pytest.mark.parametrize('name', BOTH)

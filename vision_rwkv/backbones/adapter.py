@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vision_rwkv.backbones._checks import check_choice, check_image, check_int, check_range
 from vision_rwkv.backbones.base import Backbone
-from vision_rwkv.backbones.blocks import ceil_div
+from vision_rwkv.backbones.blocks import Carry, ceil_div
 from vision_rwkv.backbones.initial import init_linear
 from vision_rwkv.backbones.vrwkv import VRWKV
 from vision_rwkv.backbones.vrwkv6 import VRWKV6
@@ -338,8 +338,9 @@ class Adapter(Backbone):
         token_maps = []
         for interaction, (first, last) in zip(self.interactions, self.stages, strict=True):
             x = self._call(interaction.injector, x, c, injection)
+            carry = Carry()
             for layer in self.layers[first : last + 1]:
-                x = layer(x, hw)
+                x = layer(x, hw, carry)
             c = self._call(interaction.extract, c, x, extraction, sizes)
             token_maps.append(to_map(x, hw))
         return c, token_maps if self.token_maps == 'stages' else [token_maps[-1]] * 4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vision_rwkv.backbones._checks import check_choice, check_image, check_int, check_range, to_layers, to_pair
-from vision_rwkv.backbones.blocks import Block, ChannelMix, PatchEmbed, ceil_div, resize_pos_embed
+from vision_rwkv.backbones.blocks import Block, Carry, ChannelMix, PatchEmbed, ceil_div, resize_pos_embed
 from vision_rwkv.backbones.initial import init_linear
 from vision_rwkv.backbones.shift import Shift
 
@@ -134,8 +134,9 @@ class Backbone(nn.Module):
         """
         x, hw = self.embed(x)
         features: list[Feature] = []
+        carry = Carry()
         for number, layer in enumerate(self.layers):
-            x = layer(x, hw)
+            x = layer(x, hw, carry)
             if self.ln1 is not None and number == len(self.layers) - 1:
                 x = self.ln1(x)
             if number in self.out_indices:

@@ -1,6 +1,7 @@
 """What VRWKV and VRWKV6 share below the model: patch embedding, position embedding, channel mix, block."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_rwkv.backbones.initial import depth_ratios, mix_parameter, ramp
-from vision_rwkv.backbones.shift import Shift, folded, is_plain, shifted_linears
+from vision_rwkv.backbones.shift import SEQUENCE, Shift, Stats, folded, is_plain, is_watched, shifted_linears
 from vision_rwkv.ops import Norm, gate, residual, squared_relu, squared_relu_linear
 from vision_rwkv.ops._checks import autocast_dtype
+from vision_rwkv.ops._native import has_block
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -67,14 +69,21 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden, dim, bias=False)
 
+    def plain_parts(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """The mixes and maps of `forward`, unless something in it is out of the ordinary."""
+        linears = (self.key, self.receptance, self.value)
+        if not self.shift.pixels or self.key_norm is not None or not is_plain(*linears):
+            return None
+        return [self.spatial_mix_k, self.spatial_mix_r], [linear.weight for linear in linears]
+
     def forward(
         self,
         x: Tensor,
         hw: tuple[int, int],
         norm: Norm | None = None,
-        finish: Callable[[Tensor, Tensor], Tensor] = gate,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C).
+        finish: Callable[[Tensor, Tensor], Any] = gate,
+    ) -> Any:
+        """(B, T, C) -> (B, T, C), or what ``finish`` makes of it.
 
         norm: a layer norm of x to apply first. finish: what becomes of the receptance and the values.
         """
@@ -84,6 +93,12 @@ class ChannelMix(nn.Module):
             return finish(r, squared_relu_linear(k, self.value.weight))
         k = squared_relu(k)
         return finish(r, self.value(k if self.key_norm is None else self.key_norm(k)))
+
+
+class Carry:
+    """What a block leaves for the one after it, if nothing happens to the tokens between them: their statistics."""
+
+    stats: Stats | None = None
 
 
 class Block(nn.Module):
@@ -122,21 +137,88 @@ class Block(nn.Module):
         self.gamma1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
 
-    def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
-        """(B, T, C) -> (B, T, C); the first h * w tokens form the map."""
-        if self.with_cp and torch.is_grad_enabled():  # inference and export see plain blocks
-            return checkpoint(self._forward, x, hw, use_reentrant=False)
-        return self._forward(x, hw)
+    def forward(self, x: Tensor, hw: tuple[int, int], carry: Carry | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); the first h * w tokens form the map.
 
-    def _forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
+        carry: one for all blocks that follow each other.
+        """
+        # Not with post_norm, where no norm comes first.
+        next_eps = None if carry is None or self.post_norm else self.ln1.eps
+        arguments = x, hw, None if carry is None else carry.stats, next_eps
+        if self.with_cp and torch.is_grad_enabled():  # inference and export see plain blocks
+            x, stats = checkpoint(self._forward, *arguments, use_reentrant=False)
+        else:
+            x, stats = self._forward(*arguments)
+        if carry is not None:
+            carry.stats = None if next_eps is None else Stats(stats, next_eps)
+        return x
+
+    def _forward(
+        self, x: Tensor, hw: tuple[int, int], stats: Stats | None, next_eps: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens, and their statistics if a next norm's eps is given."""
         if self.ln0 is not None:
-            x = self.ln0(x)
+            x, stats = self.ln0(x), None
+        if (parts := self._whole_parts(hw)) is not None:
+            return self._whole(x, hw, stats, next_eps, *parts)
         if self.post_norm:
             x = self._add(x, self.gamma1, None, self.att(x, hw), folded(self.ln1))[0]
-            return self.ffn(x, hw, None, lambda r, z: self._add(x, self.gamma2, r, z, folded(self.ln2))[0])
-        z = self.att(x, hw, folded(self.ln1))
-        x, stats = self._add(x, self.gamma1, None, z, stats_eps=self.ln2.eps)
-        return self.ffn(x, hw, folded(self.ln2, stats), lambda r, z: self._add(x, self.gamma2, r, z)[0])
+            return self.ffn(x, hw, None, lambda r, z: self._add(x, self.gamma2, r, z, folded(self.ln2)))
+        z = self.att(x, hw, folded(self.ln1, stats))
+        x, middle = self._add(x, self.gamma1, None, z, stats_eps=self.ln2.eps)
+        norm = folded(self.ln2, Stats(middle, self.ln2.eps))
+        return self.ffn(x, hw, norm, lambda r, z: self._add(x, self.gamma2, r, z, stats_eps=next_eps))
+
+    def _whole_parts(self, hw: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Mixes and maps for `vrwkv_block`, unless something in this block is out of the ordinary, or watched.
+
+        A compiler sees the operators that a block is made of, and leaves them as they are.
+        """
+        if torch.compiler.is_compiling() or not has_block() or hw == SEQUENCE:
+            return None
+        parts = self.att.plain_parts(), self.ffn.plain_parts()
+        if None in parts or is_watched(self.att, self.ffn, self.ln1, self.ln2):
+            return None
+        (att_mixes, att_maps), (ffn_mixes, ffn_maps) = parts
+        return [*att_mixes, *ffn_mixes], [*att_maps, *ffn_maps]
+
+    def _whole(
+        self,
+        x: Tensor,
+        hw: tuple[int, int],
+        stats: Stats | None,
+        next_eps: float | None,
+        mixes: list[Tensor],
+        maps: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """All of the block by one call."""
+        ln1, ln2, att = self.ln1, self.ln2, self.att
+        return torch.ops.vision_rwkv.vrwkv_block(
+            x,
+            folded(ln1, stats).stats,
+            [ln1.weight, ln1.bias, ln2.weight, ln2.bias],
+            ln1.eps,
+            ln2.eps,
+            next_eps,
+            self.post_norm,
+            mixes,
+            maps,
+            att.spatial_decay,
+            att.spatial_first,
+            self.gamma1,
+            self.gamma2,
+            self._scale(x),
+            self._scale(x),
+            *hw,
+            att.shift.pixels,
+            att.shift.gamma,
+            autocast_dtype(x),
+        )
+
+    def _scale(self, x: Tensor) -> Tensor | None:
+        """What drop path multiplies each sample's branch by, if it drops any."""
+        drops = self.training and self.drop_path.drop_prob > 0
+        return self.drop_path(x.new_ones(len(x), 1, 1)) if drops else None
 
     def _add(
         self,
@@ -148,6 +230,4 @@ class Block(nn.Module):
         stats_eps: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`residual` with this block's drop path."""
-        drops = self.training and self.drop_path.drop_prob > 0
-        scale = self.drop_path(x.new_ones(len(x), 1, 1)) if drops else None
-        return residual(x, z, gate=gate, norm=norm, gamma=gamma, scale=scale, stats_eps=stats_eps)
+        return residual(x, z, gate=gate, norm=norm, gamma=gamma, scale=self._scale(x), stats_eps=stats_eps)

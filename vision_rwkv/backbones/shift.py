@@ -50,9 +50,17 @@ def shift_and_mix(x: Tensor, hw: tuple[int, int], mixes: Sequence[Tensor | None]
     return ops.q_shift(x, [mix for mix in mixes if mix is not None], hw, *shift).unbind()
 
 
-def folded(norm: nn.LayerNorm, stats: Tensor | None = None) -> ops.Norm:
+class Stats(NamedTuple):
+    """Mean and 1 / deviation of tokens, (B, T, 2), the deviation being that of a norm with this eps."""
+
+    values: Tensor
+    eps: float
+
+
+def folded(norm: nn.LayerNorm, stats: Stats | None = None) -> ops.Norm:
     """``norm`` for an operator that applies it, with the statistics of what it will see if they are known."""
-    return ops.Norm(norm.weight, norm.bias, norm.eps, stats)
+    known = stats is not None and stats.eps == norm.eps
+    return ops.Norm(norm.weight, norm.bias, norm.eps, stats.values if known else None)
 
 
 def apply_norm(norm: ops.Norm | None, x: Tensor) -> Tensor:
@@ -62,7 +70,12 @@ def apply_norm(norm: ops.Norm | None, x: Tensor) -> Tensor:
 
 def is_plain(*linears: nn.Module) -> bool:
     """Whether an operator may use the weights in place of the layers: without hooks, and of no other class (LoRA)."""
-    return all(type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks) for x in linears)
+    return all(type(x) is nn.Linear for x in linears) and not is_watched(*linears)
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether somebody wants to see a module called: it has hooks, or a forward of its own."""
+    return any(x._forward_hooks or x._forward_pre_hooks or 'forward' in x.__dict__ for x in modules)
 
 
 def shifted_linears(

@@ -88,6 +88,9 @@ class SpatialMix6(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             return wkv6(r.float(), k.float(), v.float(), w, self.time_faaaa).flatten(2)
 
+    def plain_parts(self) -> None:
+        """None: there is no operator for whole blocks of this version."""
+
     def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
         x_w, inputs = self._shift_and_mix(x, hw, norm)

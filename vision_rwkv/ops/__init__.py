@@ -1,7 +1,7 @@
 """The operators: bidirectional WKV, Q-Shift with its mixes, and what the models fuse around them. PyTorch alone."""
 
 from vision_rwkv.ops._native import implementation
-from vision_rwkv.ops.bi_wkv import bi_wkv
+from vision_rwkv.ops.bi_wkv import bi_wkv, gated_bi_wkv
 from vision_rwkv.ops.fused import (
     gate,
     gated_linear,
@@ -19,6 +19,7 @@ __all__ = [
     'Norm',
     'bi_wkv',
     'gate',
+    'gated_bi_wkv',
     'gated_linear',
     'implementation',
     'log_decay',

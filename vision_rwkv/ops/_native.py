@@ -4,6 +4,7 @@ The schemas are defined in Python (bi_wkv.py, wkv6.py) together with a PyTorch k
 library adds kernels for CPU and CUDA, which the dispatcher then prefers, and the gradients for every device.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -40,6 +41,12 @@ def implementation(device: torch.device | str = 'cpu') -> str:
     if key and all(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in names):
         return 'native'
     return 'pytorch'
+
+
+@functools.cache
+def has_block() -> bool:
+    """Whether there is `vrwkv_block`, which exists in native code alone (kernels/block)."""
+    return hasattr(torch.ops.vision_rwkv, 'vrwkv_block')
 
 
 def warn_fallback(device: torch.device) -> None:

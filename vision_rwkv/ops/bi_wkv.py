@@ -6,11 +6,13 @@ from torch import Tensor
 from vision_rwkv.ops import _checks, _native, fallback
 
 _NAME = f'{_native.NAMESPACE}::bi_wkv'
+_GATED = f'{_native.NAMESPACE}::gated_bi_wkv'
 
 torch.library.define(_NAME, '(Tensor w, Tensor u, Tensor k, Tensor v) -> Tensor')
 torch.library.define(
     f'{_NAME}_backward', '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor gy) -> (Tensor, Tensor, Tensor, Tensor)'
 )
+torch.library.define(_GATED, '(Tensor w, Tensor u, Tensor k, Tensor v, Tensor r) -> Tensor')
 
 
 @torch.library.impl(_NAME, 'CompositeExplicitAutograd')
@@ -34,6 +36,17 @@ def _forward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @torch.library.register_fake(f'{_NAME}_backward')
 def _backward_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (w, u, k, v))
+
+
+@torch.library.impl(_GATED, 'CompositeExplicitAutograd')
+def _gated(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    tokens = k.shape[1]
+    return torch.ops.vision_rwkv.gate(r, torch.ops.vision_rwkv.bi_wkv(w / tokens, u / tokens, k, v))
+
+
+@torch.library.register_fake(_GATED)
+def _gated_fake(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    return k.new_empty(k.shape)
 
 
 def _save(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -69,3 +82,14 @@ def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = _checks.autocast(k, v)
     _checks.check_dtypes('bi_wkv', k=k, v=v)
     return torch.ops.vision_rwkv.bi_wkv(w, u, k, v)
+
+
+def gated_bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor, r: Tensor) -> Tensor:
+    """sigmoid(r) * bi_wkv(w / T, u / T, k, v), r, k, v and the result (B, T, C) of one dtype, for inference.
+
+    Raises:
+        RuntimeError: gradients are asked for; see `bi_wkv` and `gate`.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (w, u, k, v, r)):
+        raise RuntimeError('gated_bi_wkv has no gradient: use bi_wkv and gate, or torch.no_grad()')
+    return torch.ops.vision_rwkv.gated_bi_wkv(w, u, k, v, r)
