@@ -6,12 +6,12 @@ MODEL ?= vrwkv
 KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-install demo-detection demo-segmentation test test-slow lint bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install demo-detection demo-segmentation test test-slow lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
 install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint bench zoo wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint docs bench zoo wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ $(VENV)/.classification: $(VENV)/.torch requirements/classification.txt tools/in
 	tools/install_mmcv.sh $(BIN)/python without-ops
 	touch $@
 
-$(VENV)/.all: $(VENV)/.torch requirements/all.txt requirements/classification.txt tools/install_mmcv.sh
+$(VENV)/.all: $(VENV)/.torch requirements/all.txt requirements/classification.txt requirements/docs.txt tools/install_mmcv.sh
 	$(PIP) -q -r requirements/all.txt
 	tools/install_mmcv.sh $(BIN)/python with-ops
 	touch $@ $(VENV)/.classification
@@ -66,10 +66,13 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard kernels/*.h kernels/*.cuh kernels/*/*.h kernels/*/*.cpp kernels/*/*.cu kernels/*/*.cuh)
 
+docs: install  ## the site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # says at length that MkDocs 2 will differ; 1.6 is pinned
+
 bench: install
 	$(BIN)/python tools/benchmark_ops.py
 
-zoo: install  ## the published models: params and FLOPs counted anew, tables of the READMEs made anew
+zoo: install  ## the published models: params and FLOPs counted anew, the tables made anew
 	$(BIN)/python tools/get_flops.py --zoo
 	$(BIN)/python tools/zoo.py
 

@@ -1,4 +1,4 @@
-"""The model zoo: configs/TASK/metafile.yml holds it, this writes the tables of the READMEs from it."""
+"""The model zoo: configs/TASK/metafile.yml holds it, this writes the tables of READMEs and of docs/zoo.md from it."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ('classification', 'detection', 'segmentation')
-READMES = ('README.md', *(f'{task}/README.md' for task in TASKS))
+READMES = ('README.md', 'docs/zoo.md', *(f'{task}/README.md' for task in TASKS))
 TABLE = re.compile(r'(<!-- zoo: (\w+) -->\n).*?(<!-- end of zoo -->\n)', re.DOTALL)
 
 
