@@ -14,6 +14,8 @@ if __name__ == '__main__':
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib import colormaps  # noqa: E402
+from matplotlib.cm import ScalarMappable  # noqa: E402
 from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
@@ -27,7 +29,7 @@ from vision_rwkv.backbones.base import Backbone  # noqa: E402
 from vision_rwkv.checkpoints import load  # noqa: E402
 
 COLUMNS = 5
-LIMIT = 30  # of the colours: so many times as much, or as little, as all tokens alike
+COLORS = 'RdYlBu_r'
 
 
 def bi_wkv_weights(w: Tensor, u: Tensor, k: Tensor, token: int) -> Tensor:
@@ -99,39 +101,43 @@ def reach(weights: np.ndarray, token: tuple[int, int]) -> float:
     return float((np.hypot(rows - token[0], columns - token[1]) * weights).sum() / weights.sum())
 
 
+def shade(picture: np.ndarray, relative: np.ndarray, norm: LogNorm, patch: int) -> np.ndarray:
+    """The colours of relative weights (h, w), as bright as the picture (H, W, 3) uint8 is there; (H, W, 3), 0 to 1."""
+    height, width = picture.shape[:2]
+    colors = colormaps[COLORS](norm(relative))[..., :3].repeat(patch, 0).repeat(patch, 1)[:height, :width]
+    brightness = picture @ np.array([0.299, 0.587, 0.114]) / 255
+    return colors * (0.5 + 0.5 * brightness[..., None])
+
+
 def draw(picture: np.ndarray, weights: np.ndarray, token: tuple[int, int], patch: int, title: str) -> Figure:
-    """The picture (H, W, 3) uint8, red first, with the token marked; then it, grey, below each layer's weights.
+    """The picture (H, W, 3) uint8, red first, with the token marked; then on it each layer of weights (layers, h, w).
 
     Colours, the same in all layers, say how much more or less than alike (1 / tokens) a weight is.
     """
-    h, w = weights.shape[1:]
-    rows = -(-(len(weights) + 1) // COLUMNS)
-    figure = Figure(figsize=(2.5 * COLUMNS + 0.9, (2.5 * h / w + 0.35) * rows + 0.6), dpi=110, layout='constrained')
-    axes = figure.subplots(rows, COLUMNS).flat
-    grey = picture @ np.array([0.299, 0.587, 0.114])
-    relative = np.maximum(weights * h * w, LIMIT**-1)
-    for number, axis in enumerate(axes):
-        axis.set(xlim=(0, w * patch), ylim=(h * patch, 0), xticks=[], yticks=[])
-        axis.set_aspect('equal')
+    height, width = picture.shape[:2]
+    columns = min(COLUMNS, len(weights) + 1)
+    rows = -(-(len(weights) + 1) // columns)
+    side = 2.5 * min(1, width / height)
+    figure = Figure(
+        figsize=(side * columns + 1, (side * height / width + 0.3) * rows + 0.5), dpi=110, layout='compressed'
+    )
+    relative = np.maximum(weights * weights[0].size, np.finfo(float).tiny)
+    limit = float(np.exp(np.quantile(np.abs(np.log(relative)), 0.995)).clip(2, 100))
+    norm = LogNorm(1 / limit, limit, clip=True)
+    for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if number > len(weights):
-            axis.set_visible(False)
+            axes.set_visible(False)
             continue
-        extent = (0, picture.shape[1], picture.shape[0], 0)
-        axis.imshow(*((picture,) if number == 0 else (grey,)), cmap='gray', extent=extent)
-        axis.set_title('the image' if number == 0 else f'layer {number}', fontsize=9, pad=3)
-        if number:
-            heat = axis.imshow(
-                relative[number - 1],
-                cmap='RdBu_r',
-                norm=LogNorm(1 / LIMIT, LIMIT),
-                alpha=0.65,
-                extent=(0, w * patch, h * patch, 0),
-            )
-        corner = (token[1] * patch, token[0] * patch)
-        axis.add_patch(Rectangle(corner, patch, patch, fill=False, color='lime', linewidth=1.3))
-        axis.set(xlim=(0, w * patch), ylim=(h * patch, 0))
-    figure.colorbar(heat, ax=figure.axes, label='weight, 1 where all tokens count alike', shrink=0.8, format='{x:g}')
-    figure.suptitle(title, fontsize=10)
+        axes.imshow(shade(picture, relative[number - 1], norm, patch) if number else picture)
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f'layer {number}' if number else 'the image', fontsize=9, pad=3)
+        corner = (token[1] * patch - 0.5, token[0] * patch - 0.5)
+        axes.add_patch(Rectangle(corner, patch, patch, fill=False, color='lime', linewidth=1.3))
+    bar = figure.colorbar(ScalarMappable(norm, COLORS), ax=figure.axes, label='relative weight', extend='both')
+    ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 0.5, 1, 2, 3, 10, 30, 100) if 1 / limit <= t <= limit]
+    bar.set_ticks(ticks, labels=[f'{t:g}' for t in ticks], minor=False)
+    bar.minorticks_off()
+    figure.suptitle(f'{title}\n1: where all tokens weigh alike', fontsize=10)
     return figure
 
 
@@ -161,7 +167,8 @@ def main() -> None:
     with whole_file(args.out) as path:
         draw(picture[..., ::-1], weights, token, backbone.patch_embed.patch_size, title).savefig(path)
     print(
-        f'token {token[0]}, {token[1]} of {weights.shape[1]} x {weights.shape[2]}\nlayer   on itself   mean distance (tokens)'
+        f'token {token[0]}, {token[1]} of {weights.shape[1]} x {weights.shape[2]}\n'
+        'layer   on itself   mean distance (tokens)'
     )
     for number, layer in enumerate(weights, 1):
         print(f'{number:>5}{layer[token]:>12.2%}{reach(layer, token):>25.2f}')

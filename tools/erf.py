@@ -16,6 +16,7 @@ if __name__ == '__main__':
 import mmcv  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.colors import LogNorm  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Rectangle  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -30,6 +31,7 @@ from vision_rwkv.checkpoints import load  # noqa: E402
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)  # RepLKNet's
 SEED = 0  # of the initial weights
+FAINT = 1e-5  # of the largest contribution: black in the picture
 
 
 def contribution(backbone: Backbone, x: Tensor) -> Tensor:
@@ -59,19 +61,20 @@ def area_ratios(scores: np.ndarray) -> list[tuple[int, float]]:
 
 def draw(fields: dict[str, np.ndarray], size: int, title: str) -> Figure:
     """One heat map for each of ``fields``, scores (S, S) from 0 to 1, with the squares of `area_ratios`."""
-    figure = Figure(figsize=(5.4 * len(fields) + 0.7, 6), dpi=110, layout='constrained')
-    for axes, (name, scores) in zip(np.atleast_1d(figure.subplots(1, len(fields))), fields.items(), strict=True):
-        image = axes.imshow(scores, cmap='inferno', vmin=0, vmax=1, extent=(0, size, size, 0))
-        for threshold, (side, _) in zip(THRESHOLDS, area_ratios(scores), strict=True):
-            corner = size // 2 + 0.5 - side / 2
-            axes.add_patch(Rectangle((corner, corner), side, side, fill=False, color='white', linewidth=0.9, alpha=0.8))
-        axes.set_title(name)
+    figure = Figure(figsize=(5.4 * len(fields) + 0.7, 5.9), dpi=110, layout='compressed')
+    for axes, (name, scores) in zip(figure.subplots(1, len(fields)), fields.items(), strict=True):
+        image = axes.imshow(scores, cmap='inferno', norm=LogNorm(FAINT, 1, clip=True), extent=(0, size, size, 0))
+        ratios = area_ratios(scores)
+        for side, _ in ratios:
+            first, last = max(0, size // 2 - side // 2), min(size, size // 2 + side // 2 + 1)
+            edge = {'fill': False, 'color': 'white', 'linewidth': 0.9, 'alpha': 0.8, 'clip_on': False}
+            axes.add_patch(Rectangle((first, first), last - first, last - first, **edge))
+        held = ', '.join(f'{t:.0%} in {ratio:.1%}' for t, (_, ratio) in zip(THRESHOLDS, ratios, strict=True))
+        axes.set_title(f'{name}: {held}', fontsize=10)
         ticks = [0, size // 4, size // 2, 3 * size // 4, size]
         axes.set(xticks=ticks, yticks=ticks, xlabel=f'input: {size} × {size} pixels')
-    figure.colorbar(image, ax=figure.axes, label='contribution, log scale, relative to the largest', shrink=0.8)
-    figure.suptitle(
-        f'{title}\nsquares hold {", ".join(f"{t:.0%}" for t in THRESHOLDS)} of all contributions', fontsize=11
-    )
+    figure.colorbar(image, ax=figure.axes, label='contribution, 1 for the largest')
+    figure.suptitle(f'{title}\nhow much of all contributions in how much of the input (white squares)', fontsize=11)
     return figure
 
 

@@ -62,7 +62,9 @@ def read_curves(run: Path) -> Curves:
 
 def choose(runs: dict[str, Curves], wanted: list[str] | None) -> list[str]:
     """What to draw. Raises UserError for a name that no run logged, or where nothing was logged."""
-    logged = dict.fromkeys(name for run in runs.values() for part in (run.training, run.metrics) for name in part)
+    logged = dict.fromkeys(
+        name for curves in runs.values() for part in (curves.training, curves.metrics) for name in part
+    )
     for name in wanted or ():
         if name not in logged:
             raise UserError(f'--keys: {name} was not logged; there are {", ".join(logged) or "none"}')
@@ -79,14 +81,14 @@ def draw(runs: dict[str, Curves], names: list[str]) -> Figure:
     legend = 0.25 * len(runs) + 0.1 if len(runs) > 1 else 0
     figure = Figure(figsize=(4.4 * columns, 3.1 * rows + legend), dpi=110, layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, name in zip(panels, names, strict=False):
+    for name, axes in zip(names, panels, strict=False):
         units = set()
-        for number, run in enumerate(runs.values()):
-            part = run.training if name in run.training else run.metrics
+        for number, curves in enumerate(runs.values()):
+            part = curves.training if name in curves.training else curves.metrics
             steps = sorted(part.get(name, ()))
             if steps:
-                units.add('epoch' if part is run.metrics and run.by_epoch else 'iteration')
-            marker = 'o' if len(steps) < 60 and part is run.metrics else ''
+                units.add('epoch' if part is curves.metrics and curves.by_epoch else 'iteration')
+            marker = 'o' if len(steps) < 60 and part is curves.metrics else ''
             values = [part[name][step] for step in steps]
             axes.plot(steps, values, color=f'C{number}', marker=marker, markersize=3, linewidth=1.3)
         axes.set(title=name, xlabel=' or '.join(sorted(units)))
