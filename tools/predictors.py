@@ -28,7 +28,8 @@ def class_names(cfg: Config, contents: dict, count: int) -> dict[str, list]:
     """Classes and palette as the checkpoint has them, or else the config's data set; {} where neither has ``count``."""
     meta = contents.get('meta') or {}
     dataset = cfg.test_dataloader.dataset
-    known = getattr(DATASETS.get(dataset.type), 'METAINFO', {})
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        known = getattr(registry.get(dataset.type), 'METAINFO', {})
     sources = [
         meta.get('dataset_meta') or {},
         {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')},  # OpenMMLab's names before 2.0
