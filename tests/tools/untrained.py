@@ -1,4 +1,4 @@
-"""Checkpoints of models with their initial weights, and scripts called in this process."""
+"""Checkpoints of models with weights as they are drawn, and scripts called in this process."""
 
 import sys
 from pathlib import Path
@@ -26,7 +26,6 @@ def write(config: Path, path: Path, options: dict | None = None, **meta) -> Path
     if cfg.get('data_preprocessor'):
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(cfg.model)
-    model.init_weights()
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({'state_dict': model.state_dict(), 'meta': meta}, path)
     return path
