@@ -58,7 +58,8 @@ def test_classification_is_as_accurate_as_tested(trained, tiny, tmp_path, monkey
     for result in told['results']:
         scores = [found['score'] for found in result['classes']]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True) and sum(scores) <= 1.001
-    assert run(monkeypatch, tmp_path / 'seven', *command, '--batch-size', 7)['results'] == told['results']
+    some = run(monkeypatch, tmp_path / 'three', *command[:2], 'data/digits/val/0', '--batch-size', 3)
+    assert some['results'] == told['results'][:4]
 
 
 def test_classification_is_mmpretrains_own(trained, tiny, tmp_path, monkeypatch):
