@@ -23,7 +23,7 @@ from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from tools.cli import UserError, check_file, read_config, run  # noqa: E402
-from tools.files import whole_file  # noqa: E402
+from tools.files import png, whole_file  # noqa: E402
 from tools.inference import ImageParser, as_tested, build_backbone, pick_device, read_image, to_input  # noqa: E402
 from vision_rwkv.backbones.base import Backbone  # noqa: E402
 from vision_rwkv.checkpoints import load  # noqa: E402
@@ -143,13 +143,10 @@ def draw(picture: np.ndarray, weights: np.ndarray, token: tuple[int, int], patch
 
 def parse_args():
     """The command line. Raises UserError."""
-    parser = ImageParser(__doc__, images='1')
-    parser.add_argument('--out', type=Path, required=True, metavar='FILE.png', help='picture to write')
+    parser = ImageParser(__doc__, several=False)
+    parser.add_argument('--out', type=png, required=True, metavar='FILE.png', help='picture to write')
     parser.add_argument('--token', type=int, nargs=2, metavar=('ROW', 'COLUMN'), help='from 0 (default: the centre)')
-    args = parser.parse_args()
-    if args.out.suffix != '.png':
-        raise UserError(f'--out expects a name that ends in .png, got {args.out}')
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -158,12 +155,12 @@ def main() -> None:
     cfg = read_config(args)
     check_file(args.checkpoint, 'checkpoint')
     device = pick_device(args.device)
-    picture = as_tested(cfg, read_image(Path(args.images)))
+    picture = as_tested(cfg, read_image(args.image))
     backbone = build_backbone(cfg)
     load(backbone, args.checkpoint)
     weights, token = token_weights(backbone.to(device), to_input(cfg, picture).to(device), args.token)
 
-    title = f'{Path(args.config).stem}, {Path(args.images).name}: weights of token {token[0]}, {token[1]} (marked)'
+    title = f'{Path(args.config).stem}, {args.image.name}: weights of token {token[0]}, {token[1]} (marked)'
     with whole_file(args.out) as path:
         draw(picture[..., ::-1], weights, token, backbone.patch_embed.patch_size, title).savefig(path)
     print(

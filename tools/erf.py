@@ -5,9 +5,10 @@ over images, as in RepLKNet (arXiv 2203.06717) and the Vision-RWKV paper. A high
 smallest square around the centre that holds a given part of all contributions, on their logarithmic scale.
 """
 
+import copy
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __name__ == '__main__':
@@ -24,7 +25,7 @@ from rich.progress import track  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from tools.cli import UserError, check_file, read_config, run  # noqa: E402
-from tools.files import whole_file  # noqa: E402
+from tools.files import png, whole_file  # noqa: E402
 from tools.inference import ImageParser, build_backbone, find_images, pick_device, read_image, to_input  # noqa: E402
 from vision_rwkv.backbones.base import Backbone  # noqa: E402
 from vision_rwkv.checkpoints import load  # noqa: E402
@@ -85,25 +86,24 @@ def table(ratios: dict[str, Sequence[tuple[int, float]]]) -> str:
     return '\n'.join(lines)
 
 
-def measure(backbone: Backbone, inputs: Sequence[Tensor], device: torch.device, name: str) -> np.ndarray:
+def measure(backbone: Backbone, inputs: Iterable[Tensor], device: torch.device) -> np.ndarray:
     """The scores (S, S) from 0 to 1, averaged over ``inputs``. Raises UserError if the output depends on no pixel."""
     backbone.to(device)
-    bar = track(inputs, description=name, console=Console(stderr=True))
-    mean = sum(contribution(backbone, x.to(device)).double().cpu() for x in bar).numpy() / len(inputs)
-    scores = np.log10(1 + mean)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for x in inputs:
+        total, count = total + contribution(backbone, x.to(device)).cpu(), count + 1
+    scores = np.log10(1 + total.numpy() / count)
     if not np.isfinite(scores).all() or not scores.any():
-        raise UserError(f'{name}: the centre of the last map has no finite gradient other than 0')
+        raise UserError('the centre of the last map has no finite gradient other than 0')
     return scores / scores.max()
 
 
 def parse_args():
     """The command line. Raises UserError."""
     parser = ImageParser(__doc__)
-    parser.add_argument('--out', type=Path, required=True, metavar='FILE.png', help='picture; FILE.json goes beside it')
+    parser.add_argument('--out', type=png, required=True, metavar='FILE.png', help='picture; FILE.json goes beside it')
     parser.add_argument('--size', type=int, default=1024, help="the input's side in pixels (%(default)s, the paper's)")
     args = parser.parse_args()
-    if args.out.suffix != '.png':
-        raise UserError(f'--out expects a name that ends in .png, got {args.out}')
     if args.size < 1:
         raise UserError(f'--size must be at least 1, got {args.size}')
     return args
@@ -114,19 +114,20 @@ def main() -> None:
     args = parse_args()
     cfg = read_config(args)
     check_file(args.checkpoint, 'checkpoint')
-    images, device = find_images(args.images), pick_device(args.device)
+    paths, device = find_images(args.images), pick_device(args.device)
     torch.manual_seed(SEED)
-    backbone = build_backbone(cfg)
-    inputs = [
-        to_input(cfg, mmcv.imresize(read_image(path), (args.size, args.size), interpolation='bicubic'))
-        for path in images
-    ]
-    fields = {'before': measure(backbone, inputs, device, 'before')}
-    load(backbone, args.checkpoint)
-    fields['after'] = measure(backbone, inputs, device, 'after')
+    backbones = {'before': build_backbone(cfg)}
+    backbones['after'] = copy.deepcopy(backbones['before'])
+    load(backbones['after'], args.checkpoint)
+    size = (args.size, args.size)
+    images = [mmcv.imresize(read_image(path), size, interpolation='bicubic') for path in paths]
+    fields = {}
+    for name, backbone in backbones.items():
+        bar = track(images, description=name, console=Console(stderr=True))
+        fields[name] = measure(backbone, (to_input(cfg, image) for image in bar), device)
 
     ratios = {name: area_ratios(scores) for name, scores in fields.items()}
-    told = {'config': args.config, 'checkpoint': args.checkpoint, 'size': args.size, 'images': list(map(str, images))}
+    told = {'config': args.config, 'checkpoint': args.checkpoint, 'size': args.size, 'images': list(map(str, paths))}
     for name, row in ratios.items():
         told[name] = [
             {'holds': t, 'side': side, 'ratio': round(ratio, 6)}

@@ -1,5 +1,6 @@
-"""Files written whole or not at all."""
+"""Files to write: their names, and whole or not at all."""
 
+import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,3 +17,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def png(name: str) -> Path:
+    """For argparse: the path of a picture to write."""
+    if not name.endswith('.png'):
+        raise argparse.ArgumentTypeError(f'expected a name that ends in .png, got {name}')
+    return Path(name)

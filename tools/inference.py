@@ -22,13 +22,16 @@ ENDINGS = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.w
 
 
 class ImageParser(ConfigParser):
-    """CONFIG CHECKPOINT IMAGE... and a device."""
+    """CONFIG CHECKPOINT IMAGE... (or just one IMAGE) and a device."""
 
-    def __init__(self, description: str, images: str = '+'):
+    def __init__(self, description: str, several: bool = True):
         super().__init__(description)
         self.add_argument('checkpoint', help='checkpoint file or URL')
-        what = 'image file' if images == '1' else 'image file, folder, or pattern such as "shots/*.jpg"'
-        self.add_argument('images', nargs=None if images == '1' else images, metavar='IMAGE', help=what)
+        if several:
+            what = 'image file, folder, or pattern such as "shots/*.jpg"'
+            self.add_argument('images', nargs='+', metavar='IMAGE', help=what)
+        else:
+            self.add_argument('image', type=Path, metavar='IMAGE', help='image file')
         self.add_argument('--device', help='cpu, cuda or cuda:N (default: cuda where there is a GPU)')
 
 

@@ -12,7 +12,7 @@ if __name__ == '__main__':
 from matplotlib.figure import Figure  # noqa: E402
 
 from tools.cli import UserError, run  # noqa: E402
-from tools.files import whole_file  # noqa: E402
+from tools.files import png, whole_file  # noqa: E402
 
 # What is drawn, as far as it is logged, where no names are given.
 USUAL = ('loss', 'base_lr', 'accuracy/top1', 'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
@@ -107,11 +107,9 @@ def main() -> None:
     """Read, draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='work dir of a run, or its scalars.json')
-    parser.add_argument('--out', type=Path, required=True, metavar='FILE.png', help='picture to write')
+    parser.add_argument('--out', type=png, required=True, metavar='FILE.png', help='picture to write')
     parser.add_argument('--keys', nargs='+', metavar='NAME', help='what to draw (default: loss, lr, main metrics)')
     args = parser.parse_args()
-    if args.out.suffix != '.png':
-        raise UserError(f'--out expects a name that ends in .png, got {args.out}')
     runs = {str(path): read_curves(path) for path in args.runs}
     names = choose(runs, args.keys)
     with whole_file(args.out) as path:

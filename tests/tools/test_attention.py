@@ -137,7 +137,7 @@ def test_what_is_refused(photos, tmp_path, monkeypatch):
         ((config, checkpoint, tmp_path / 'text.png', *out), 'text.png: not an image'),
         ((config, checkpoint, photo, *out, '--device', 'gpu'), '--device expects cpu, cuda or cuda:N, got gpu'),
         ((config, checkpoint, photo, *out, '--token', 16, 0), r'got 16 0'),
-        ((config, checkpoint, photo, '--out', 'x.jpg'), r'--out expects a name that ends in \.png, got x\.jpg'),
+        ((config, checkpoint, photo, '--out', 'x.jpg'), r'--out: expected a name that ends in \.png, got x\.jpg'),
         ((masked, checkpoint, photo, *out), 'has no test_dataloader'),
     ):
         with pytest.raises(UserError, match=message):

@@ -73,8 +73,8 @@ def test_no_gradient_is_refused():
     backbone = Convolution(3, 1, 1)
     backbone.weight.data.zero_()
     backbone.bias.data.fill_(1)
-    with pytest.raises(UserError, match='after: the centre of the last map has no finite gradient other than 0'):
-        erf.measure(backbone, [torch.ones(1, 3, 4, 4)], torch.device('cpu'), 'after')
+    with pytest.raises(UserError, match='the centre of the last map has no finite gradient other than 0'):
+        erf.measure(backbone, [torch.ones(1, 3, 4, 4)], torch.device('cpu'))
 
 
 def test_what_is_drawn():
@@ -121,6 +121,7 @@ def test_what_is_refused(photos, tmp_path, monkeypatch):
     (tmp_path / 'plain.py').write_text("model = dict(backbone=dict(type='mmpretrain.ResNet', depth=18))")
     (tmp_path / 'none.py').write_text("model = dict(type='GAN')")
     masked = untrained.CONFIGS / 'classification/mae/vrwkv_mae_digits.py'
+    encoder = untrained.write(masked, tmp_path / 'encoder.pth')
     for arguments, message in (
         ((config, 'no.pth', photos, *out), 'checkpoint not found: no.pth'),
         ((config, other, photos, *out), r'other\.pth: it does not fit the model'),
@@ -128,8 +129,8 @@ def test_what_is_refused(photos, tmp_path, monkeypatch):
         ((config, checkpoint, tmp_path / 'text.png', *out), 'text.png: not an image'),
         ((config, checkpoint, photos, *out, '--device', 'gpu'), '--device expects cpu, cuda or cuda:N, got gpu'),
         ((config, checkpoint, photos, *out, '--size', 0), '--size must be at least 1, got 0'),
-        ((config, checkpoint, photos, '--out', 'x.jpg'), r'--out expects a name that ends in \.png, got x\.jpg'),
-        ((masked, checkpoint, photos, *out), 'expected a backbone that returns maps, got MaskedVRWKV'),
+        ((config, checkpoint, photos, '--out', 'x.jpg'), r'--out: expected a name that ends in \.png, got x\.jpg'),
+        ((masked, encoder, photos, *out), 'expected a backbone that returns maps, got MaskedVRWKV'),
         (
             (tmp_path / 'plain.py', checkpoint, photos, *out),
             'expected a backbone of Vision-RWKV, got mmpretrain.ResNet',
