@@ -14,6 +14,7 @@ from mmengine.dataset import default_collate
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from PIL import Image
+from torch import nn
 
 from openmmlab import fit_and_tell
 from tools import drawing
@@ -135,7 +136,8 @@ class Detector(Predictor):
 
     @staticmethod
     def _count(model):
-        return model.roi_head.bbox_head.num_classes
+        head = model.roi_head.bbox_head if hasattr(model, 'roi_head') else model.bbox_head
+        return (head[-1] if isinstance(head, nn.ModuleList) else head).num_classes
 
     def write(self, image, sample, name, out):
         """As Predictor; {'instances': boxes in pixels, and masks in COCO's run-length code, best first}."""

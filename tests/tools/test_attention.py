@@ -143,3 +143,12 @@ def test_what_is_refused(photos, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             untrained.call(attention, monkeypatch, *arguments)
     assert not (tmp_path / 'x.png').exists()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('kind', ['vrwkv', 'vrwkv6'])
+def test_on_a_gpu(kind):
+    backbone, x = model(kind), torch.randn(1, 3, 48, 90)
+    ours, _ = attention.token_weights(backbone, x, (1, 2))
+    theirs, _ = attention.token_weights(backbone.cuda(), x.cuda(), (1, 2))
+    assert theirs == pytest.approx(ours, rel=1e-2)
