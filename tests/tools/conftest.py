@@ -6,6 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import skimage.data
+from PIL import Image
 from scripts import ROOT, call
 
 sys.path.insert(0, str(ROOT))
@@ -29,6 +31,17 @@ def digits(tmp_path_factory) -> Path:
     """The data set as make_digits.py writes it."""
     folder = tmp_path_factory.mktemp('digits') / 'digits'
     call(sys.executable, ROOT / 'tools/make_digits.py', '--out', folder, cwd=folder.parent)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory) -> Path:
+    """A folder with three of scikit-image's photographs of two sizes, one in grey and one in a folder of its own."""
+    folder = tmp_path_factory.mktemp('photos') / 'photos'
+    (folder / 'more').mkdir(parents=True)
+    for name, size in (('rocket.png', (96, 64)), ('camera.jpg', (64, 64)), ('more/coffee.JPEG', (96, 64))):
+        picture = Image.fromarray(getattr(skimage.data, Path(name).stem)())
+        picture.resize(size).save(folder / name)
     return folder
 
 

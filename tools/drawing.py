@@ -1,0 +1,134 @@
+"""Pictures of predictions: the photograph with what was found in it, and beside it a list of classes."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from tools.draw_scenes import color_of
+
+DPI = 100
+LEAST = 480  # pixels of the longer side: smaller photographs are enlarged
+PANEL = 2.8  # inches of the list beside a photograph of LEAST; everything grows with the photograph
+FONT = 9  # points, likewise
+ROW = 0.24  # inches, likewise
+LEAST_ROWS = 15  # of a list: room for five long names
+BAR = '#1565c0'
+
+Color = tuple[float, float, float]
+
+
+class Canvas(NamedTuple):
+    """A figure with the photograph, in its own pixels, and room beside it.
+
+    panel: axes measured in rows of text from the top, x from 0 to 1; None if there is no room.
+    unit: how much larger than usual everything is; rows: how many rows of text the panel has.
+    """
+
+    figure: Figure
+    photo: Axes
+    panel: Axes | None
+    unit: float
+    rows: int
+
+
+def canvas(picture: np.ndarray, panel: bool) -> Canvas:
+    """A canvas for a picture (H, W, 3) uint8, red first."""
+    height, width = picture.shape[:2]
+    scale = max(1.0, LEAST / max(height, width)) / DPI
+    w, h = width * scale, height * scale
+    unit = max(w, h) * DPI / LEAST
+    beside = PANEL * unit if panel else 0.0
+    total = max(h, LEAST_ROWS * ROW * unit) if panel else h
+    figure = Figure(figsize=(w + beside, total), dpi=DPI, facecolor='white')
+    photo = figure.add_axes((0, 1 - h / total, w / (w + beside), h / total))
+    photo.imshow(picture, aspect='auto', extent=(0, width, height, 0))
+    photo.set_axis_off()
+    photo.set(xlim=(0, width), ylim=(height, 0))
+    if not panel:
+        return Canvas(figure, photo, None, unit, 0)
+    rows = int(total / (ROW * unit)) - 1
+    axes = figure.add_axes((w / (w + beside), 0, beside / (w + beside), 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 1), ylim=(total / (ROW * unit), 0))
+    return Canvas(figure, photo, axes, unit, rows)
+
+
+def draw_scores(picture: np.ndarray, scores: Sequence[tuple[str, float]]) -> Figure:
+    """A photograph beside the likeliest classes, (name, probability), as bars."""
+    made = canvas(picture, panel=True)
+    top = 0.8
+    for number, (name, score) in enumerate(scores):
+        lines = textwrap.wrap(textwrap.shorten(name, 58, placeholder=' …'), 30) or ['']
+        weight = 'bold' if number == 0 else 'normal'
+        for line in lines:
+            made.panel.text(0.05, top, line, fontsize=FONT * made.unit, weight=weight, va='center')
+            top += 0.9
+        made.panel.add_patch(Rectangle((0.05, top - 0.3), 0.7, 0.45, color='#e8eaed'))
+        made.panel.add_patch(Rectangle((0.05, top - 0.3), 0.7 * score, 0.45, color=BAR))
+        made.panel.text(0.78, top - 0.08, f'{score:.1%}', fontsize=FONT * made.unit, va='center')
+        top += 1.2
+    return made.figure
+
+
+def draw_instances(picture: np.ndarray, instances: Sequence[dict]) -> Figure:
+    """A photograph with boxes, masks and names.
+
+    instances: {'label', 'name', 'score', 'box': left, top, right, bottom, 'mask': (H, W) bool or absent}, best first.
+    """
+    made = canvas(tinted(picture, instances), panel=False)
+    height, width = picture.shape[:2]
+    row = ROW * made.unit * height / made.figure.get_figheight()
+    margin = 0.15 * row  # of a label, to all sides
+    for found in reversed(instances):
+        left, top, right, bottom = found['box']
+        color = color_of(found['label'])
+        made.photo.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.3 * made.unit)
+        )
+        # Above the box where there is room, and towards the middle of the picture: never cut off.
+        at_right = (left + right) / 2 > width / 2
+        made.photo.text(
+            min(right, width) - margin if at_right else max(left, 0) + margin,
+            top - margin if top > row else max(top, 0) + margin,
+            f'{found["name"]} {found["score"]:.0%}',
+            fontsize=FONT * made.unit,
+            color='white',
+            ha='right' if at_right else 'left',
+            va='bottom' if top > row else 'top',
+            bbox={
+                'facecolor': np.multiply(color, 0.75),
+                'edgecolor': 'none',
+                'pad': margin / row * ROW * 72 * made.unit,
+            },
+        )
+    return made.figure
+
+
+def tinted(picture: np.ndarray, instances: Sequence[dict]) -> np.ndarray:
+    """The picture with the mask of each instance in the colour of its class, better ones over others."""
+    mixed = picture.astype(np.float32)
+    for found in reversed(instances):
+        if 'mask' in found:
+            mixed[found['mask']] = 0.5 * picture[found['mask']] + 0.5 * 255 * np.array(color_of(found['label']))
+    return mixed.astype(np.uint8)
+
+
+def draw_segments(picture: np.ndarray, classes: Sequence[tuple[str, Color, float]]) -> Figure:
+    """A coloured picture beside the names, colours and shares of the classes in it, largest first."""
+    made = canvas(picture, panel=True)
+    shown = classes if len(classes) <= made.rows else classes[: made.rows - 1]
+    for row, (name, color, share) in enumerate(shown):
+        top = row + 0.8
+        made.panel.add_patch(Rectangle((0.05, top - 0.36), 0.09, 0.72, color=color))
+        short = textwrap.shorten(name, 24, placeholder=' …')
+        made.panel.text(0.18, top, short, fontsize=FONT * made.unit, va='center')
+        made.panel.text(0.97, top, f'{share:.1%}', fontsize=FONT * made.unit, va='center', ha='right')
+    if len(shown) < len(classes):
+        more = f'and {len(classes) - len(shown)} more'
+        made.panel.text(0.18, len(shown) + 0.8, more, fontsize=FONT * made.unit, va='center', style='italic')
+    return made.figure
