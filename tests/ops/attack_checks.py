@@ -21,7 +21,7 @@ ROUNDING = {x: torch.finfo(x).eps / 2 for x in (torch.float64, torch.float32, to
 # What underflows next to the largest term: a weight of Bi-WKV (kernels/bi_wkv, "Range"), a decay of WKV6.
 LOST_WEIGHT = {torch.float32: 1e-22, torch.float64: 1e-290}
 LOST_DECAY = {torch.float32: 2.0**-120, torch.float64: 2.0**-1016}
-FLOOR = {torch.float32: 1e-36, torch.float64: 1e-300}
+FLOOR = {torch.float32: 1e-24, torch.float64: 1e-290}  # and a product with one, over a denominator of exp(-36)
 SPLIT = 2.0**-16  # a product of float32 numbers as WKV6 takes it on CUDA: two bfloat16 numbers each
 
 
