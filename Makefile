@@ -6,12 +6,12 @@ MODEL ?= vrwkv
 KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-install demo-detection demo-segmentation test test-slow lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install demo-detection demo-segmentation test test-slow attack sanitize lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
 install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow lint docs bench zoo wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow attack sanitize lint docs bench zoo wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -59,6 +59,12 @@ test: install  ## the test suite
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+attack: install  ## 20,000 random cases for the operators, on a GPU another 20,000; a quarter of an hour
+	$(BIN)/python -m pytest tests/ops/test_attack.py --attack 20000
+
+sanitize: install  ## the operators' tests on a build that checks every address and every undefined operation
+	tools/sanitize.sh $(BIN)/python cpu
 
 lint: install
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ constexpr double kMaxDecay = 16;               // of |w| times the chunk length
 constexpr double kMaxBonus = 30;               // of u
 constexpr double kMinLog = -36, kMaxLog = 40;  // of a denominator relative to the chunk's exponent
 constexpr double kMaxAdjoint = 40;             // of the exponent of adjoint sums that enter a chunk
+constexpr double kMaxTop = 256;                // of that of the sums that do: a float holds it to 1e-5
 
 // Sums over one chunk's terms exp(key_i) x_i, relative to exp(key), decayed to the borders of the chunk.
 template <typename Real>
@@ -183,6 +184,9 @@ struct Entry {
     VRWKV_INLINE V lead(const Channels<Real>& ch, const Side<Real>& side) const {
         return (load(side.key) - key) - load(side.age) * ch.w();
     }
+
+    // Whether the exponents were numbers of a size that loses no digits; the two sides' may differ by their last ones.
+    VRWKV_INLINE Mask<Real> held() const { return (key == key) & (top <= Real(kMaxTop)); }
 };
 
 // Whether the floats held what they had to.
@@ -232,7 +236,7 @@ Mask<Real> write_y(const Args<Real>& args, const Channels<Real>& ch, int64_t beg
     suffix<Real, full>(args, ch, entry, begin, tokens, exps, after_p, after_q);
     const Real* v = args.v + ch.offset(begin);
     Real* y = args.y + ch.offset(begin);
-    Mask<Real> good = entry.key == entry.key;
+    Mask<Real> good = entry.held();
     const V decay = ch.decay(), bonus = ch.bonus();
     V p = entry.before[0], q = entry.before[1];
     for (int64_t t = 0; t < tokens; ++t) {
@@ -332,7 +336,7 @@ Mask<Real> write_gradients(const Args<Real>& args, const Channels<Real>& ch, int
     using V = Vec<Real>;
     ChunkRows<Real> rows;
     const Entry<Real> entry(ch, sums, border);
-    Mask<Real> good = entry.key == entry.key;
+    Mask<Real> good = entry.held();
     fill_rows<Real, full>(args, ch, entry, begin, tokens, rows, good);
     const V decay = ch.decay(), bonus = ch.bonus();
     V a, b, across{}, own{};

@@ -92,6 +92,10 @@ __device__ inline double exact_output(const State& before, const State& after, c
     return all.x / all.y;
 }
 
+// A token's share of a denominator that it is part of. Of exponents past 1e15 the last digit is more than 1: what does
+// not cancel then must not become more than the whole. NaN stays NaN.
+__device__ inline double share_of(double exponent) { return exp(exponent > 0 ? 0 : exponent); }
+
 // What a token's key and value add to the sums.
 template <typename T>
 struct KeyValue {
@@ -201,14 +205,14 @@ __device__ __noinline__ void exact_gradients(const Problem& p, unsigned number, 
     double gw = 0, gu = 0;
     for (int j = 0; j < row.valid; ++j) {
         const State &left = lefts[j], &right = rights[j], &before = x.before[j], &after = x.after[j], token = term(j);
-        const double from_left = exp(token.m + left.m), from_right = exp(token.m + right.m), v = token.x;
-        const double weight = exp(token.m + row.u + x.adjoint[j].m);
+        const double from_left = share_of(token.m + left.m), from_right = share_of(token.m + right.m), v = token.x;
+        const double weight = share_of(token.m + row.u + x.adjoint[j].m);
         const double own = weight * (x.adjoint[j].x * v + x.adjoint[j].y);
         store(gv + j * stride, from_left * left.x + from_right * right.x + weight * x.adjoint[j].x);
         store(gk + j * stride, from_left * (left.x * v + left.y) + from_right * (right.x * v + right.y) + own);
         gu += own;
-        gw -= exp(before.m + right.m - row.w) * (before.x * right.x + before.y * right.y) +
-              exp(after.m + left.m - row.w) * (after.x * left.x + after.y * left.y);
+        gw -= share_of(before.m + right.m - row.w) * (before.x * right.x + before.y * right.y) +
+              share_of(after.m + left.m - row.w) * (after.x * left.x + after.y * left.y);
     }
     store_partials(p, t, static_cast<SumType<T>>(gw), static_cast<SumType<T>>(gu), lanes);
 }

@@ -2,6 +2,7 @@
 // dozens of times slower than the vector code, which hands over what its number range does not hold.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -72,8 +73,8 @@ class ExactChannel {
         double gw = 0, gu = 0;
         for (int64_t t = 0; t < args_.tokens; ++t) {
             const double k = at(args_.k, t), v = at(args_.v, t), gy = at(args_.gy, t);
-            const double own = std::exp(u_ + k - log_sum_[t]) * gy;
-            const double from_left = weight(k, left[t]), from_right = weight(k, right[t]);
+            const double own = share(u_ + k - log_sum_[t]) * gy;
+            const double from_left = share(k + left[t].m), from_right = share(k + right[t].m);
             const double gv = from_left * left[t].a + from_right * right[t].a + own;
             const double gb = from_left * left[t].b + from_right * right[t].b - own * y_[t];
             args_.gv[offset_ + t * args_.channels] = static_cast<Real>(gv);
@@ -91,10 +92,12 @@ class ExactChannel {
 
     double at(const Real* x, int64_t t) const { return static_cast<double>(x[offset_ + t * args_.channels]); }
 
-    static double weight(double key, const ScaledSums& s) { return std::exp(key + s.m); }
+    // A token's share of a denominator that it is part of. Of exponents past 1e15 the last digit is more than 1: what
+    // does not cancel then must not become more than the whole. NaN stays NaN.
+    static double share(double exponent) { return std::exp(std::min(exponent, 0.0)); }
 
     double across(const ScaledSums& one, const ScaledSums& other) const {
-        return std::exp(one.m + other.m - w_) * (one.a * other.a + one.b * other.b);
+        return share(one.m + other.m - w_) * (one.a * other.a + one.b * other.b);
     }
 
     static void merge(ScaledSums& sums, const ScaledSums& other) {

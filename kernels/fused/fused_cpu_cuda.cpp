@@ -44,7 +44,9 @@ Tensor apply_map(const Tensor& x, const Tensor& map) {
     return out;
 }
 
+// Writes to `out`, which must be contiguous: of another tensor, rows() are a copy.
 void input_gradient(const Tensor& g, const Tensor& map, const Tensor& out) {
+    TORCH_INTERNAL_ASSERT(out.is_contiguous());
     Tensor to = rows(out);
     at::mm_out(to, rows(g), map.to(g.scalar_type()));
 }
@@ -136,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_linear_backward(const Tensor& g, const 
                                                          const Tensor& map) {
     static const auto op =
         find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gate_backward");
-    const Tensor x = gate(r, y), gmap = map_gradient(g, x, map);
+    const Tensor x = gate(r, y).contiguous(), gmap = map_gradient(g, x, map);
     input_gradient(g, map, x);
     const auto [gr, gy] = op.call(x, r, y);
     return {gr, gy, gmap};
@@ -146,7 +148,7 @@ Tensor squared_relu_linear(const Tensor& x, const Tensor& map) { return apply_ma
 
 std::tuple<Tensor, Tensor> squared_relu_linear_backward(const Tensor& g, const Tensor& x, const Tensor& map) {
     static const auto op = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::squared_relu_backward");
-    const Tensor squared = squared_relu(x), gmap = map_gradient(g, squared, map);
+    const Tensor squared = squared_relu(x).contiguous(), gmap = map_gradient(g, squared, map);
     input_gradient(g, map, squared);
     return {op.call(squared, x), gmap};
 }

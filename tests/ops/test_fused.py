@@ -144,3 +144,11 @@ def test_messages():
         with pytest.raises(ValueError) as caught:
             call()
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', NAMES)
+def test_gradients_of_transposed_tokens(name, device):
+    case = cases(SIZES['heads'])[name]
+    turned = {x: t.transpose(0, -1).contiguous().transpose(0, -1) for x, t in case.inputs.items()}
+    check(case._replace(inputs=turned), 'float32', device)

@@ -48,6 +48,12 @@ def _bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     return numerator / denominator, top + denominator.log(), before, after
 
 
+def _share(exponent: Tensor) -> Tensor:
+    """exp of at most 0, a token's share of a denominator: of exponents past 1e15 (in float32 1e7) digits past the point
+    are missing, and what does not cancel then must not become more than the whole."""
+    return exponent.clamp(max=0).exp()
+
+
 def bi_wkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Bi-WKV forward; shapes and dtypes as vision_rwkv.ops.bi_wkv."""
     if k.numel() == 0:
@@ -66,15 +72,15 @@ def bi_wkv_backward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor) -> t
     y, log_sum, before, after = _bi_wkv(w, u, k, v)
     # Transposed, the weight of token i at token t is exp(k_i) times a scan over t with the keys -log_sum_t.
     left, right = _both_ways(w, -log_sum, gy, -gy * y)
-    own = (u + k - log_sum).exp()
-    scales = [(k + m).exp() for m in (left[0], right[0])]
+    own = _share(u + k - log_sum)
+    scales = [_share(k + m) for m in (left[0], right[0])]
     gv = scales[0] * left[1] + scales[1] * right[1] + own * gy
     gk = scales[0] * (left[1] * v + left[2]) + scales[1] * (right[1] * v + right[2]) + own * gy * (v - y)
     gu = (own * gy * (v - y)).sum((0, 1))
     # A pair (i, s) has |s-i|-1 tokens between, and so many times its weight enters the sum over t of these products.
     gw = torch.zeros_like(w)
     for one, other in ((before, right), (after, left)):
-        gw -= ((one[0] + other[0] - w).exp() * (one[1] * other[1] + one[2] * other[2])).sum((0, 1))
+        gw -= (_share(one[0] + other[0] - w) * (one[1] * other[1] + one[2] * other[2])).sum((0, 1))
     return tuple(x.to(t) for x, t in zip((gw, gu, gk, gv), dtypes, strict=True))
 
 

@@ -40,8 +40,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _input_gradient(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """g (..., D) @ weight (D, C), into out (..., C)."""
-    torch.mm(_rows(g), weight.to(g.dtype), out=_rows(out))
+    """g (..., D) @ weight (D, C), into out (..., C), which must be contiguous: of another tensor, rows are a copy."""
+    torch.mm(_rows(g), weight.to(g.dtype), out=out.view(-1, out.shape[-1]))
     return out
 
 
@@ -119,7 +119,7 @@ def _gated_linear(r: Tensor, y: Tensor, map: Tensor) -> Tensor:
 
 @torch.library.impl(f'{_GATED}_backward', 'CompositeExplicitAutograd')
 def _gated_linear_backward(g: Tensor, r: Tensor, y: Tensor, map: Tensor) -> tuple[Tensor, ...]:
-    x = torch.ops.vision_rwkv.gate(r, y)
+    x = torch.ops.vision_rwkv.gate(r, y).contiguous()
     gmap = _weight_gradient(g, x).to(map.dtype)
     return *torch.ops.vision_rwkv.gate_backward(_input_gradient(g, map, out=x), r, y), gmap
 
@@ -141,7 +141,7 @@ def _squared_relu_linear(x: Tensor, map: Tensor) -> Tensor:
 
 @torch.library.impl(f'{_SQUARED}_backward', 'CompositeExplicitAutograd')
 def _squared_relu_linear_backward(g: Tensor, x: Tensor, map: Tensor) -> tuple[Tensor, Tensor]:
-    squared = torch.ops.vision_rwkv.squared_relu(x)
+    squared = torch.ops.vision_rwkv.squared_relu(x).contiguous()
     gmap = _weight_gradient(g, squared).to(map.dtype)
     gsquared = _input_gradient(g, map, out=squared)
     return torch.ops.vision_rwkv.squared_relu_backward(gsquared, x), gmap

@@ -32,13 +32,13 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     y_t = sum_i (sum_n r_t[n] k_i[n] d_ti[n]) v_i, where d_ti is exp of the sum of w over the tokens strictly
     between t and i for i != t, and u for i = t.
     """
-    total = w.cumsum(1)
-    before = total - w  # sum of w over the tokens before this one
     index = torch.arange(w.shape[1], device=w.device)
-    past = (index[:, None] > index)[None, :, :, None, None]
-    own = (index[:, None] == index)[None, :, :, None, None]
-    between = torch.where(past, before[:, :, None] - total[:, None], before[:, None] - total[:, :, None])
-    decay = torch.where(own, u, between.masked_fill(own, 0).exp())  # (B, T, T, H, N)
+    apart = (index[:, None] - index)[None, :, :, None, None]  # t - i
+    # Row t has w_{t-1} for every i < t - 1, so that running down the rows adds up what lies between i and t and nothing
+    # else: a difference of two longer sums would lose it beside a large w.
+    between = torch.where(apart > 1, w.roll(1, 1)[:, :, None], 0).cumsum(1)
+    decay = torch.where(apart > 0, between, between.transpose(1, 2)).exp()  # (B, T, T, H, N)
+    decay = torch.where(apart == 0, u, decay)
     score = torch.einsum('bthn,bihn,btihn->btih', r, k, decay)
     return torch.einsum('btih,bihm->bthm', score, v)
 

@@ -1,0 +1,51 @@
+"""Operators under attack: whatever hypothesis thinks of, on every device. `make attack` takes many times the cases."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attack_cases import KINDS, Case, cases, kinds, tensors
+from attack_checks import attack
+from hypothesis import HealthCheck, given, settings
+from op_cases import DEVICES
+
+FEW = 150
+WIDE = {'cpu': {}, 'cuda': {'wide': 4}}  # a GPU has time for the definition
+SHARES = {'bi_wkv': 0.55, 'wkv6': 0.45}  # of the cases
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For tensors this small, threads do little but wait for each other: on a busy machine for a very long time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('name', SHARES)
+def test_attack(name, device, attack_count, capsys):
+    """Every case passes, and a fifth of the cases is of each kind."""
+    count, worst = Counter(), {}
+
+    @settings(
+        max_examples=round(attack_count * SHARES[name]) if attack_count else FEW,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(name, **WIDE[device]))
+    def every(case: Case) -> None:
+        inputs, gy = tensors(case, device)
+        attack(case, inputs, gy, worst)
+        count.update(['all', *kinds(case, inputs)])
+
+    every()
+    with capsys.disabled():
+        print(f'\n{name} on {device}: ' + ', '.join(f'{count[kind]} {kind}' for kind in ('all', *KINDS)))
+        if attack_count:
+            print('largest shares of what may be missed:', {x: round(share, 3) for x, share in worst.items()})
+    assert all(5 * count[kind] >= count['all'] for kind in KINDS), count

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Memory errors and undefined behaviour of the operators' native code. The library in the work tree is left alone.
+#
+# sanitize.sh PYTHON cpu    tests/ops on a library built with GCC's sanitizers, in build/sanitize
+# sanitize.sh PYTHON cuda   random odd shapes under each tool of NVIDIA's compute-sanitizer, on the installed library
+set -euo pipefail
+[ $# -eq 2 ] || { sed -n 4,5p "$0" >&2; exit 2; }
+python=$(realpath -s "$1")
+cd "$(dirname "$0")/.."
+if [ "$2" = cuda ]; then
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # or a read past one tensor ends in another
+    for tool in memcheck racecheck initcheck synccheck; do
+        compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q tests/ops/test_attack.py -m cuda --attack 200
+    done
+    exit
+fi
+flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
+mkdir -p build/sanitize
+cp -ru kernels vision_rwkv setup.py pyproject.toml README.md LICENSE tests build/sanitize
+cd build/sanitize
+if [ ! -e .built ] || [ -n "$(find kernels setup.py -newer .built)" ]; then
+    rm -f vision_rwkv/_native*.so
+    CFLAGS="$flags" LDFLAGS="$flags" VISION_RWKV_CUDA=0 "$python" setup.py -q build_ext --inplace
+    ls vision_rwkv/_native*.so >/dev/null
+    touch .built
+fi
+# Python is built without them, so they come first; C++ exceptions need their library in sight by then.
+preload=$(for name in libasan.so libubsan.so libstdc++.so; do realpath "$(c++ -print-file-name=$name)"; done)
+# Nothing that runs a compiler; Python's own memory is not ours to free.
+LD_PRELOAD=${preload//$'\n'/:} ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$PWD \
+    "$python" -m pytest -q -p no:cacheprovider tests/ops -m 'not slow' -k 'not compiles and not install and not another_pytorch'
