@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,18 +45,22 @@ class FirstModule:
 
     def __init__(self, model: nn.Module):
         self.found: str | None = None
-        self.names = {module: name for name, module in model.named_modules()}
-        self.hooks = [module.register_forward_hook(self._look, with_kwargs=True) for module in self.names]
+        self.hooks = []
+        for name, module in model.named_modules():
+            described = f'{name or "the model"} ({type(module).__name__})'
+            before, after = partial(self._before, described), partial(self._after, described)
+            self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self.hooks.append(module.register_forward_hook(after))
 
-    def _look(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        bad, total = count(output)
-        if self.found or not bad:
-            return
-        name = self.names[module]
-        self.found = f'{name or "the model"} ({type(module).__name__}): {bad} of {total} numbers it gives'
-        if count((args, kwargs))[0] and name:
-            parent = name.rpartition('.')[0]
-            self.found = f'{parent or "the model"}, in what it gives to {name} ({type(module).__name__})'
+    def _before(self, described: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._look(f'the input of {described}', (args, kwargs))
+
+    def _after(self, described: str, module: nn.Module, args: tuple, output: Any) -> None:
+        self._look(described, output)
+
+    def _look(self, what: str, numbers: Any) -> None:
+        if self.found is None and (bad := count(numbers))[0]:
+            self.found = f'{what}: {bad[0]} of {bad[1]} numbers'
 
     def __enter__(self) -> 'FirstModule':
         return self
@@ -67,7 +72,7 @@ class FirstModule:
 
 def random_states() -> tuple:
     """The states of all random generators, a few microseconds' work."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
 
 
@@ -89,7 +94,7 @@ def find_first(model: nn.Module, optim_wrapper: OptimWrapper, batch: Any) -> str
         data = model.data_preprocessor(batch, True)
         if count(data)[0]:
             return 'the batch itself'
-        losses = model(**data, mode='loss') if isinstance(data, dict) else model(*data, mode='loss')
+        losses = model._run_forward(data, mode='loss')
     if first.found:
         return first.found
     loss = model.parse_losses(losses)[0]
@@ -151,25 +156,23 @@ class StopIfNotFinite(Hook):
         if self.arrival:
             self.arrival.record()
 
-    def _check_loss(self) -> None:
+    def _check_loss(self, everywhere: bool = False) -> None:
         if self.arrival:
             self.arrival.synchronize()
         if not math.isfinite(self.loss):
-            self._stop(f'the loss is {self.loss.item()}')
+            self._stop(f'the loss is {self.loss.item()}', everywhere)
 
     def _check_step(self) -> None:
         self.stepped = True
         wrapper = self.runner.optim_wrapper
-        norm = 0.0
-        if wrapper.clip_grad_kwargs and not self.scaled:
-            scalars = self.runner.message_hub.log_scalars
-            norm = scalars[f'train/{wrapper.grad_name}'].current() if f'train/{wrapper.grad_name}' in scalars else 0.0
-        if not math.isfinite(norm):  # in every process: gradients are averaged over them
-            loss = '' if math.isfinite(self.loss) else f'the loss is {self.loss.item()}'
-            self._stop(loss or f'the norm of the gradient is {norm}', everywhere=True)
-        self._check_loss()
+        norms = wrapper.message_hub.log_scalars.get('train/grad_norm')
+        norm = norms.current() if norms and wrapper.clip_grad_kwargs and not self.scaled else 0.0
+        self._check_loss(everywhere=not math.isfinite(norm))
+        if not math.isfinite(norm):
+            self._stop(f'the norm of the gradient is {norm}', everywhere=True)
 
     def _stop(self, what: str, everywhere: bool = False) -> None:
+        """everywhere: all processes come here, as all have the same gradient, the mean of theirs."""
         model = self.runner.model
         while is_model_wrapper(model):
             model = model.module
