@@ -33,6 +33,11 @@ class Numbers(torch.utils.data.Dataset):
         return self.items[index]
 
 
+def collate(items: list) -> dict:
+    """A batch as a model takes it."""
+    return {'inputs': torch.stack(items)}
+
+
 class Layer(nn.Module):
     """A linear layer that goes wrong when asked to."""
 
@@ -93,7 +98,9 @@ class Scaled(OptimWrapper):
     backward, step = AmpOptimWrapper.backward, AmpOptimWrapper.step
 
 
-def runner_of(folder: Path, *hooks: Hook, data=None, wrapper=OptimWrapper, clip=True, epochs=3, keep=-1) -> Runner:
+def runner_of(
+    folder: Path, *hooks: Hook, data=None, wrapper=OptimWrapper, clip=True, epochs=3, keep=-1, workers=0
+) -> Runner:
     """A runner of the model, which saves each epoch."""
     torch.manual_seed(0)
     model = Model()
@@ -105,7 +112,8 @@ def runner_of(folder: Path, *hooks: Hook, data=None, wrapper=OptimWrapper, clip=
             'dataset': data or Numbers(),
             'sampler': {'type': 'DefaultSampler', 'shuffle': False},
             'batch_size': 4,
-            'collate_fn': lambda items: {'inputs': torch.stack(items)},
+            'num_workers': workers,
+            'collate_fn': collate,
         },
         train_cfg={'by_epoch': True, 'max_epochs': epochs},
         optim_wrapper=wrapper(optimizer=optimizer, clip_grad={'max_norm': 1.0} if clip else None),
