@@ -14,6 +14,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
+from vision_rwkv.checkpoints import not_finite
+
 SKIPPED = 50  # steps in a row that loss scaling may skip; from its start at 2 ** 16, 30 are more than any model needs
 
 
@@ -33,11 +35,6 @@ def count(value: Any) -> tuple[int, int]:
     """(numbers that are not finite, numbers) in all tensors of ``value``."""
     tensors = list(tensors_in(value))
     return sum(int((~t.isfinite()).sum()) for t in tensors), sum(t.numel() for t in tensors)
-
-
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of tensors with numbers that are not finite."""
-    return [name for name, tensor in tensors.items() if count(tensor)[0]]
 
 
 class FirstModule:
@@ -104,7 +101,7 @@ def find_first(model: nn.Module, optim_wrapper: OptimWrapper, batch: Any) -> str
     scaler = getattr(optim_wrapper, 'loss_scaler', None)
     (scaler.scale(loss) if scaler else loss).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    bad = not_finite(gradients)  # from the image to the loss, as models list their parameters
+    bad = list(not_finite(gradients))  # from the image to the loss, as models list their parameters
     return f'the gradient of {bad[-1]} (not finite: {len(bad)} of {len(gradients)} gradients)' if bad else None
 
 

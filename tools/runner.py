@@ -22,9 +22,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from openmmlab import fit_and_tell
 from tools.cli import UserError
 from tools.failures import explain
-from tools.finite import StopIfNotFinite, not_finite
+from tools.finite import StopIfNotFinite
 from tools.saving import WholeFileBackend, latest_checkpoint
-from vision_rwkv.checkpoints import CheckpointError
+from vision_rwkv.checkpoints import CheckpointError, not_finite
 
 TIMEOUT = 600  # seconds in which processes must answer each other, unless env_cfg.dist_cfg.timeout says otherwise
 

@@ -106,13 +106,20 @@ class Training:
         return {'all': everything, 'launcher': [self.launcher.pid], 'worker': workers[:1]}[victim]
 
     def kill(self, victim: str) -> float | None:
-        """Kill it, and wait until everything has ended: in so many seconds. None if there was nothing to kill."""
+        """Kill it, and wait until everything has ended: in so many seconds. None if there was nothing to kill.
+
+        A worker that has loaded the last batch of its epoch is not missed: then the next one is killed.
+        """
         family = self.wait_for(lambda: self.find(victim) and self.find('all'))
         if not family:
             return None
         start = time.monotonic()
-        for pid in self.find(victim):
-            os.kill(pid, signal.SIGKILL)
+        while self.launcher.poll() is None:
+            for pid in self.find(victim):
+                os.kill(pid, signal.SIGKILL)
+            if victim != 'worker':
+                break
+            time.sleep(1)
         wait_for(lambda: self.launcher.poll() is not None, BOUND)
         wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in family), BOUND)
         assert self.launcher.returncode, f'{victim} was killed, and the launcher ended as if all were well'

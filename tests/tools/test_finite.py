@@ -14,6 +14,7 @@ from torch import nn
 from tools import finite
 from tools.cli import UserError
 from tools.runner import Runner
+from vision_rwkv.checkpoints import not_finite
 
 BAD = 6  # the iteration, of 4 in each epoch
 
@@ -130,7 +131,7 @@ def failure(runner: Runner) -> str:
     with pytest.raises(UserError) as error:
         runner.train()
     for path in Path(runner.work_dir).glob('*.pth'):
-        assert not finite.not_finite(torch.load(path, weights_only=False)['state_dict'])
+        assert not not_finite(torch.load(path, weights_only=False)['state_dict'])
     return str(error.value)
 
 
@@ -155,7 +156,7 @@ def test_the_loss(part, trouble, message, wrapper, clip, tmp_path):
     expected = f'^epoch 2, iteration {BAD}: {message}; last whole checkpoint: {tmp_path}/epoch_1.pth$'
     assert re.search(expected, said), said
     if trouble != 'weights':
-        assert not finite.not_finite(runner.model.state_dict())
+        assert not not_finite(runner.model.state_dict())
         first, second = runner.model.drawn[-2:]
         assert torch.equal(first, second)
 
