@@ -17,13 +17,15 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
+from mmpretrain.datasets.transforms import TRANSFORMS  # noqa: E402  # which now has all of MMPretrain's
 from mmpretrain.registry import OPTIM_WRAPPER_CONSTRUCTORS  # noqa: E402
 
-from openmmlab import LayerDecayConstructor  # noqa: E402
+from openmmlab import LayerDecayConstructor, LoadImageFromFile  # noqa: E402
 
 from .mae import MaskedVRWKV, VRWKVDecoder  # noqa: E402
 from .models import VRWKV, VRWKV6, HiddenLayerClsHead  # noqa: E402
 
 OPTIM_WRAPPER_CONSTRUCTORS.register_module(module=LayerDecayConstructor)
+TRANSFORMS.register_module(module=LoadImageFromFile, force=True)
 
 __all__ = ['VRWKV', 'VRWKV6', 'HiddenLayerClsHead', 'MaskedVRWKV', 'VRWKVDecoder']

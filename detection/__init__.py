@@ -2,8 +2,8 @@
 
 from mmdet.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 
-from dense import LoadImageFromFile, VRWKV6Adapter, VRWKVAdapter
-from openmmlab import LayerDecayConstructor
+from dense import VRWKV6Adapter, VRWKVAdapter
+from openmmlab import LayerDecayConstructor, LoadImageFromFile
 
 from .datasets import CocoDataset
 

@@ -4,8 +4,8 @@ from functools import partial
 
 from mmseg.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, TRANSFORMS
 
-from dense import LoadImageFromFile, VRWKV6Adapter, VRWKVAdapter
-from openmmlab import LayerDecayConstructor
+from dense import VRWKV6Adapter, VRWKVAdapter
+from openmmlab import LayerDecayConstructor, LoadImageFromFile
 
 from .datasets import ADE20KDataset, BaseSegDataset, LoadAnnotations
 from .metrics import DumpSegResults

@@ -9,7 +9,7 @@ from mmseg.datasets import transforms
 from mmseg.registry import DATASETS, TRANSFORMS
 from PIL import UnidentifiedImageError
 
-from dense.loading import check_image_file
+from openmmlab import MAX_PIXELS, DataError, check_image_file
 
 IGNORED = 255
 
@@ -44,25 +44,32 @@ class ADE20KDataset(Checked, datasets.ADE20KDataset):
 
 @TRANSFORMS.register_module(force=True)
 class LoadAnnotations(transforms.LoadAnnotations):
-    """Loads the mask; one that is broken or has an index that is no class is an error that names the file."""
+    """Loads the mask; one that is broken or has an index that is no class is an error that names the file.
+
+    max_pixels: a larger mask is refused before it is decoded.
+    """
+
+    def __init__(self, *args: Any, max_pixels: int = MAX_PIXELS, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.max_pixels = max_pixels
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
         path = results['seg_map_path']
         if Path(path).is_file():  # and not in some remote storage
-            check_image_file(path)
+            check_image_file(path, self.max_pixels)
         try:
             super()._load_seg_map(results)
         except UnidentifiedImageError as error:
-            raise ValueError(f'mask {path}: not an image') from error
+            raise DataError(f'mask {path}: not an image') from error
         mask = results['gt_seg_map']
         if mask.ndim != 2:
-            raise ValueError(f'mask {path}: expected one class index for each pixel, got an array {mask.shape}')
+            raise DataError(f'mask {path}: expected one class index for each pixel, got an array {mask.shape}')
         counts = np.bincount(mask.ravel(), minlength=256)
         counts[IGNORED] = 0
         classes = results.get('num_classes', 256)
         if counts[classes:].any():
             unknown = int(np.flatnonzero(counts)[-1]) + bool(self.reduce_zero_label)
-            raise ValueError(
+            raise DataError(
                 f'mask {path}: index {unknown} is no class; expected {int(self.reduce_zero_label)} to '
                 f'{classes - 1 + bool(self.reduce_zero_label)}, or {self._ignored()} to ignore a pixel'
             )

@@ -63,14 +63,16 @@ class _Obsolete(argparse.Action):
 
 
 def run(main) -> None:
-    """Call main(); an error of the user becomes one line on stderr, from the first process alone, and exit status 2."""
+    """Call main(); an error of the user becomes one line on stderr, and exit status 2.
+
+    Of several processes, the first says it; another one if the first has nothing to say, and so did not end.
+    """
     try:
         main()
     except (UserError, CheckpointError) as error:
         if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) > 0:
-            time.sleep(10)  # leave the first process time to say it: it is stopped when another one ends
-        else:
-            print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
+            time.sleep(10)  # all are stopped when one ends
+        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
         sys.exit(2)
 
 

@@ -6,6 +6,7 @@ the environment of each.
 
 import logging
 import os
+import signal
 import sys
 
 try:
@@ -37,7 +38,8 @@ def main() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
-            print(f'process {rank} was ended by signal {-failure.exitcode}', file=sys.stderr)
+            why = ', as by a machine that runs out of memory' if -failure.exitcode == signal.SIGKILL else ''
+            print(f'process {rank} was ended by signal {-failure.exitcode}{why}', file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
 
 

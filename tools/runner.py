@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +15,18 @@ from mmengine import runner as mm
 from mmengine.device import get_device
 from mmengine.dist import all_reduce_params
 from mmengine.fileio import register_backend
-from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from openmmlab import fit_and_tell
 from tools.cli import UserError
-from vision_rwkv.checkpoints import CheckpointError
+from tools.failures import explain
+from tools.finite import StopIfNotFinite
+from tools.saving import WholeFileBackend, latest_checkpoint
+from vision_rwkv.checkpoints import CheckpointError, not_finite
 
-
-class WholeFileBackend(LocalBackend):
-    """Writes a file (each checkpoint goes through here) whole or not at all."""
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        path = Path(filepath)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f'.{path.name}.partial')
-        with open(partial, 'wb') as file:
-            file.write(obj)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+TIMEOUT = 600  # seconds in which processes must answer each other, unless env_cfg.dist_cfg.timeout says otherwise
 
 
 class SeedEpochs(Hook):
@@ -99,6 +90,7 @@ class Runner(mm.Runner):
         register_backend('local', WholeFileBackend, force=True, prefixes='')
         super().__init__(*args, **kwargs)
         self.register_hook(SeedEpochs())
+        self.register_hook(StopIfNotFinite())
         loop = self._train_loop if isinstance(self._train_loop, dict) else {}
         if loop.get('by_epoch') or loop.get('type') == 'EpochBasedTrainLoop':
             self.register_hook(ValidateResumed())
@@ -114,10 +106,11 @@ class Runner(mm.Runner):
         """As MMEngine's, but processes without a GPU talk through gloo (MMEngine would look for a GPU first)."""
         if self._launcher == 'slurm':
             os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
+        env_cfg = {**env_cfg, 'dist_cfg': {'timeout': TIMEOUT, **env_cfg.get('dist_cfg', {})}}
         if self.distributed and get_device() == 'cpu' and not torch.distributed.is_initialized():
             if self._launcher == 'slurm':
                 _read_slurm()
-            torch.distributed.init_process_group('gloo')
+            torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=env_cfg['dist_cfg']['timeout']))
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
@@ -165,25 +158,38 @@ class Runner(mm.Runner):
         self.logger.info(f'Load checkpoint from {filename}')
         return checkpoint
 
+    def train(self) -> torch.nn.Module:
+        """As MMEngine's; what a run fails of that is no fault of the code becomes a UserError that says where."""
+        try:
+            return super().train()
+        except Exception as error:
+            what = explain(error)
+            if not what:
+                self.logger.error(f'{self.where}: {type(error).__name__}')
+                raise
+            last = latest_checkpoint(self.work_dir) or 'none'
+            raise UserError(f'{self.where}: {what}; last whole checkpoint: {last}') from error
+
+    @property
+    def where(self) -> str:
+        """The process, if there are several, and how far the training is."""
+        process = f'process {self.rank}, ' if self.world_size > 1 else ''
+        return f'{process}epoch {self.epoch + 1}, iteration {self.iter + 1}'
+
     def save_checkpoint(self, out_dir: str, filename: str, *args, **kwargs) -> None:
-        """As MMEngine's; best.pth points to the best one."""
+        """As MMEngine's, but never weights that are not finite; best.pth points to the best one.
+
+        Raises FloatingPointError.
+        """
+        bad = not_finite(self.model.state_dict()) if self.rank == 0 else []
+        if bad:
+            raise FloatingPointError(f'{filename} is not written: weights that are not finite: {", ".join(bad)}')
         super().save_checkpoint(out_dir, filename, *args, **kwargs)
         if filename.startswith('best_') and self.rank == 0:
             link = Path(out_dir, '.best.pth.partial')
             link.unlink(missing_ok=True)
             link.symlink_to(filename)
             os.replace(link, Path(out_dir, 'best.pth'))
-
-
-def latest_checkpoint(work_dir: str) -> str | None:
-    """The newest checkpoint in ``work_dir``: the one MMEngine noted, else (the note may be cut) the newest file."""
-    note = Path(work_dir, 'last_checkpoint')
-    if note.is_file():
-        noted = Path(work_dir, Path(note.read_text().strip()).name)  # by name: the folder may have moved
-        if noted.is_file():
-            return str(noted)
-    found = [*Path(work_dir).glob('epoch_*.pth'), *Path(work_dir).glob('iter_*.pth')]
-    return str(max(found, key=lambda path: path.stat().st_mtime_ns)) if found else None
 
 
 def _read_slurm() -> None:

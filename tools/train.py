@@ -12,7 +12,8 @@ import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 
 from tools.cli import Parser, UserError, check_amp, check_data, check_file, load_config, run  # noqa: E402
-from tools.runner import Runner, latest_checkpoint  # noqa: E402
+from tools.runner import Runner  # noqa: E402
+from tools.saving import latest_checkpoint  # noqa: E402
 
 _GPUS = 'use tools/dist_train.sh CONFIG GPUS (CUDA_VISIBLE_DEVICES chooses which)'
 OBSOLETE = {

@@ -1,8 +1,11 @@
 """Annotations, images and masks that are not what they should be: errors that name the file."""
 
 import json
+import re
 import shutil
+import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +77,92 @@ def test_annotation_file(contents, message, data):
     with pytest.raises(ValueError, match=message) as error:
         dataset(DIGITS[0], data)
     assert str(error.value).startswith(f'annotation file {path}: ')
+
+
+LARGE = 'reaches further out of its image of 160 x 160 than that is large'
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('bbox', [10, 10, -5, 8], r'box \[10, 10, -5, 8\]: its width or height is negative'),
+        ('bbox', [10, 10, 5, -8], 'its width or height is negative'),
+        ('bbox', [-20, 10, 5, 8], r'box \[-20, 10, 5, 8\]: it lies outside its image of 160 x 160'),
+        ('bbox', [10, 161, 5, 8], 'it lies outside its image of 160 x 160'),
+        ('bbox', [float('nan'), 10, 5, 8], r'box \[nan, 10, 5, 8\]: expected 4 finite numbers'),
+        ('bbox', [10, 10, float('inf'), 8], 'expected 4 finite numbers'),
+        ('bbox', [10, 10, 1e30, 8], LARGE),
+        ('bbox', [10, 10, 5], 'expected 4 finite numbers'),
+        ('bbox', ['10', '10', '5', '8'], 'not in COCO format'),
+        ('bbox', None, 'not in COCO format'),
+        ('segmentation', [[1, 1, 9, float('nan'), 9, 9]], 'segmentation: expected finite numbers'),
+        ('segmentation', [[1, 1, 9, 1, 9, 9], [1, 1, 1e9, 1, 9, 9]], LARGE),
+        ('segmentation', {'size': [10**6, 10**6], 'counts': '0'}, r'\[1000000, 1000000\] in an image of \[160, 160\]'),
+        ('segmentation', {'size': [160, 160], 'counts': [0, 10**9]}, 'segmentation: Invalid RLE mask'),
+        ('segmentation', {'size': [160, 160], 'counts': 'o' * 99}, 'segmentation: Invalid RLE mask'),
+        ('segmentation', {'size': [160, 160]}, "no 'counts'"),
+    ],
+)
+def test_boxes_and_masks_that_cannot_be(field, value, message, data):
+    path = data / 'digits_detection/annotations/instances_train.json'
+    contents = json.loads(path.read_text())
+    annotation = contents['annotations'][3]
+    annotation[field] = value
+    path.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=message) as error:
+        dataset(DIGITS[0], data)
+    assert str(error.value).startswith(f'annotation file {path}: not in COCO format: ')
+    if 'its' in message:
+        assert f'annotation {annotation["id"]} of image {annotation["image_id"]:04d}.jpg: ' in str(error.value)
+
+
+def test_boxes_over_the_edge_and_empty_ones(data):
+    """COCO's own files have both."""
+    path = data / 'digits_detection/annotations/instances_train.json'
+    contents = json.loads(path.read_text())
+    contents['annotations'][0]['bbox'] = [-3.5, 150, 20, 20]
+    contents['annotations'][1] |= {'bbox': [20, 20, 8, 0.0], 'segmentation': [[20, 20, 28, 20, 28, 20.5]]}
+    path.write_text(json.dumps(contents))
+    assert len(dataset(DIGITS[0], data)) == 6
+
+
+def huge(path: Path, width: int, height: int) -> None:
+    """A PNG file of a few kilobytes whose header promises so many pixels."""
+
+    def chunk(kind: bytes, contents: bytes) -> bytes:
+        return struct.pack('>I', len(contents)) + kind + contents + struct.pack('>I', zlib.crc32(kind + contents))
+
+    header = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0))
+    path.write_bytes(
+        b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(1 << 20))) + chunk(b'IEND', b'')
+    )
+
+
+@pytest.mark.parametrize('name', DIGITS)
+@pytest.mark.parametrize(
+    ('size', 'message'),
+    [
+        (
+            (10_000, 10_000),
+            r'10000 x 10000 pixels, expected at most 89478485 \(max_pixels of the transform that loads it\)',
+        ),
+        ((100_000, 100_000), 'Image size .10000000000 pixels. exceeds limit of'),
+    ],
+)
+def test_an_image_of_too_many_pixels(name, size, message, data):
+    (path,) = data.glob(f'{Path(load(name).cfg.data_root).name}/images/train*/0003.jpg')
+    huge(path, *size)
+    assert re.match(f'image {path}: {message}', first_error(dataset(name, data)))
+
+
+def test_a_limit_of_ones_own(data):
+    pipeline = [{'type': 'LoadImageFromFile', 'max_pixels': 160 * 160 - 1}, {'type': 'PackDetInputs'}]
+    said = first_error(dataset(DIGITS[0], data, pipeline=pipeline))
+    assert '160 x 160 pixels, expected at most 25599 ' in said
+    pipeline[0]['max_pixels'] += 1
+    assert dataset(DIGITS[0], data, pipeline=pipeline)[5]['inputs'].shape == (3, 160, 160)
+    mask = [{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations', 'max_pixels': 99}, {'type': 'PackSegInputs'}]
+    assert re.match('image .*png: 160 x 160 pixels', first_error(dataset(DIGITS[1], data, pipeline=mask)))
 
 
 def test_missing_annotation_file(data):
@@ -202,5 +291,5 @@ def test_scripts_end_at_once_and_name_the_file(data, tmp_path):
     )
     mask = data / 'digits_segmentation/annotations/training/0002.png'
     Image.fromarray(np.full((160, 160), 77, np.uint8)).save(mask)
-    said = train(DIGITS[1], 1, '--cfg-options', 'train_dataloader.num_workers=2')
-    assert '0002.png: index 77 is no class' in said
+    said = train(DIGITS[1], 2, '--cfg-options', 'train_dataloader.num_workers=2')
+    assert re.search(r'iteration \d: mask .*/0002\.png: index 77 is no class', said)

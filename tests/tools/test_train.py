@@ -2,88 +2,28 @@
 
 import os
 import re
-import signal
-import subprocess
-import time
-from pathlib import Path
 
 import torch
-from scripts import ROOT, call, environment
+from killing import Training, assert_same, assert_same_checkpoints, assert_same_runs
+from scripts import ROOT, call
 
 from tools.draw_predictions import read_log
 
 
-def children(pid: int) -> list[int]:
-    """All living processes under ``pid``."""
-    found = []
-    for stat in Path('/proc').glob('[0-9]*/stat'):
-        try:
-            state, parent = stat.read_text().rpartition(')')[2].split()[:2]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(parent) == pid and state != 'Z':
-            found += [int(stat.parent.name), *children(int(stat.parent.name))]
-    return found
-
-
-def wait_for(condition, seconds: float = 200) -> None:
-    """Return as soon as ``condition()`` holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, 'waited in vain'
-        time.sleep(0.02)
-
-
-def train_and_kill(folder: Path, work_dir: Path, epoch: int) -> None:
-    """Start a training run and end its process group with SIGKILL as soon as the checkpoint of ``epoch`` is there."""
-    command = [ROOT / 'tools/dist_train.sh', 'tiny.py', '2', '--work-dir', work_dir]
-    env = environment() | {'OMP_NUM_THREADS': '1'}
-    with open(folder / 'killed.log', 'w') as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            wait_for(lambda: (work_dir / f'epoch_{epoch}.pth').exists() or process.poll() is not None)
-            family = children(process.pid)
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert len(family) >= 2, (folder / 'killed.log').read_text()
-    wait_for(lambda: not any(Path(f'/proc/{pid}').exists() for pid in family), 30)
-
-
-def assert_same(a, b, where: str = '') -> None:
-    """Equal to the last bit, whatever they are made of."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f'{where}/{key}')
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f'{where}/{i}')
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
-
-
 def test_killed_and_resumed_equals_uninterrupted(trained, tiny):
+    """All processes at once, then one of the two; `make test-kills` does so at random moments."""
     work_dir = tiny / 'killed'
-    train_and_kill(tiny, work_dir, epoch=3)
-    assert not (work_dir / 'epoch_6.pth').exists(), 'it ended before it could be killed'
+    for victim, epoch in (('all', 2), ('process 1', 4)):
+        with Training('tiny.py', tiny, work_dir) as run:
+            run.wait_for(lambda epoch=epoch: (work_dir / f'epoch_{epoch}.pth').exists())
+            assert run.kill(victim), run.said.read_text()
+        assert epoch in assert_same_checkpoints(work_dir, trained.work_dir)
+    assert 'process 1 was ended by signal 9' in run.said.read_text()
     command = (ROOT / 'tools/dist_train.sh', 'tiny.py', 2, '--work-dir', work_dir, '--resume')
     said = call(*command, cwd=tiny, OMP_NUM_THREADS=1)
-    assert re.search(r'resumed epoch: [345], iter: ', said.output)
+    assert re.search(r'resumed epoch: [45], iter: ', said.output)
     assert 'weights_only' not in said.output
-
-    for name in ('epoch_6.pth', 'best.pth'):
-        whole, resumed = (torch.load(folder / name, weights_only=False) for folder in (trained.work_dir, work_dir))
-        for part in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
-            assert_same(whole.get(part), resumed.get(part), f'{name}/{part}')
-        assert whole['meta']['epoch'] == resumed['meta']['epoch']
-    whole, resumed = (read_log(folder) for folder in (trained.work_dir, work_dir))
-    assert whole == resumed  # every loss and every accuracy
+    assert_same_runs(work_dir, trained.work_dir)
 
 
 def test_validation_that_was_cut_off_is_made_up_for(trained, tiny, tmp_path):

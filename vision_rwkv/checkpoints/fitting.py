@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from vision_rwkv.backbones.blocks import resize_pos_embed
@@ -47,6 +48,9 @@ def _resized(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor], model: nn
             side = math.isqrt(tensor.shape[1])
             if side**2 != tensor.shape[1]:
                 raise CheckpointError(f'{name}: expected a square grid to resize, got {tensor.shape[1]} positions')
+            stored = tensor.untyped_storage().nbytes()
+            if tensor.nbytes > stored:  # a few bytes can stand for any number of positions, all alike
+                raise CheckpointError(f'{name}: {tensor.nbytes} bytes to resize, of which the file holds {stored}')
             resized = resize_pos_embed(tensor.float(), (side, side), backbone.grid, backbone.interpolate_mode)
             tensors[name] = resized.to(tensor.dtype)
         elif (*tensor.shape[:1], *other.shape) == (IMAGENET_22K, IMAGENET_1K, *tensor.shape[1:]):
@@ -99,6 +103,24 @@ def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], new: set
         raise CheckpointError(f'it does not fit the model: {"; ".join(problems)}')
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many numbers are not finite, of the tensors where some are not."""
+    sums = {name: tensor.sum(dtype=torch.float32) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    suspects = [name for name, total in sums.items() if not math.isfinite(total)]  # it may just be large
+    counts = {name: int((~tensors[name].isfinite()).sum()) for name in suspects}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError, naming everything, unless all numbers are finite: bytes in the wrong order seldom are."""
+    spoilt = [f'{name} ({count} of {tensors[name].numel()})' for name, count in not_finite(tensors).items()]
+    if spoilt:
+        raise CheckpointError(
+            'it holds numbers that are not finite, from a run gone wrong or bytes in the wrong order: '
+            + ', '.join(spoilt)
+        )
+
+
 def fit(contents: Mapping[str, Any], model: nn.Module, start: bool = False) -> Fitted:
     """Fit the contents of a checkpoint to ``model``, a backbone or a model with one, without changing the model.
 
@@ -112,7 +134,7 @@ def fit(contents: Mapping[str, Any], model: nn.Module, start: bool = False) -> F
             layers with another number of classes, and an adapter may be left over or new. The backbone never is.
 
     Raises:
-        CheckpointError: naming every tensor that is missing, unexpected or of the wrong shape.
+        CheckpointError: naming every tensor that is missing, unexpected, of the wrong shape or not finite.
     """
     wanted: dict[str, Tensor] = model.state_dict()
     bare = 'patch_embed.projection.weight' in wanted  # the model is the backbone itself
@@ -127,6 +149,7 @@ def fit(contents: Mapping[str, Any], model: nn.Module, start: bool = False) -> F
     loaded = {name: tensors[name] for name in wanted if name in tensors and name not in may_be_new}
     if not loaded:
         raise CheckpointError('it does not fit the model: they have no tensor in common')
+    _check_finite(loaded)
     new = [name for name in wanted if name not in loaded]
     left_over = [name for name in tensors if name not in loaded]
     if bare:

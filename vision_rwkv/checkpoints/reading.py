@@ -6,11 +6,12 @@ import pickletools
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from vision_rwkv.checkpoints._errors import CheckpointError, about
 from vision_rwkv.checkpoints.downloading import download
@@ -43,6 +44,37 @@ class _Nothing:
 
     def __setstate__(self, state):
         pass
+
+
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError for a zip file that unpacks to more than it is: torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(
+                f'refused: {entry.filename} in it is compressed, to unpack to {entry.file_size} bytes'
+            )
+    claimed, size = sum(entry.file_size for entry in entries), path.stat().st_size
+    if claimed > size:
+        raise CheckpointError(f'refused: it claims to hold {claimed} bytes, and has {size}')
+
+
+def _check_tensors(contents: Any) -> None:
+    """Raise CheckpointError unless all tensors in ``contents`` are dense, and their numbers in the file."""
+    stack, seen = [contents], set()
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.is_meta or value.layout != torch.strided or value.is_quantized:
+                raise CheckpointError(f'refused: expected dense tensors, got one with {value.layout} on {value.device}')
+        elif isinstance(value, Mapping):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)
 
 
 def _pickles(path: Path) -> Iterator[BinaryIO]:
@@ -83,8 +115,12 @@ def _stand_ins(path: Path, allowed: tuple[Allowed, ...]) -> list[Allowed]:
 
 def _read_pickle(path: Path, map_location: Any, allowed: tuple[Allowed, ...]) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
         with torch.serialization.safe_globals([*allowed, *_stand_ins(path, allowed)]):
             return torch.load(path, map_location=map_location, weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         asked = re.search(r'GLOBAL (\S+)', str(error))
         reason = asked[1] if asked else str(error).rpartition('WeightsUnpickler error:')[2].strip().partition('\n')[0]
@@ -92,8 +128,8 @@ def _read_pickle(path: Path, map_location: Any, allowed: tuple[Allowed, ...]) ->
             'refused: beside tensors and plain data, only inert metadata of OpenMMLab, yacs and numpy is accepted; '
             f'this file asks for more: {reason}'
         ) from error
-    except (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f'not a checkpoint, or a damaged one: {error}') from error
+    except Exception as error:  # damage can make anything of a pickle
+        raise CheckpointError(f'not a checkpoint, or a damaged one: {error or type(error).__name__}') from error
 
 
 def _read_safetensors(path: Path, map_location: Any) -> Any:
@@ -119,7 +155,7 @@ def read(source: str | Path, map_location: Any = 'cpu', allowed: tuple[Allowed, 
     Raises:
         CheckpointError: there is no such file, it is damaged, it is no dict, or it asks for anything but tensors,
             plain data, metadata of OpenMMLab, yacs configs (both become dicts), numpy's numbers and arrays (which are
-            lost) and what is ``allowed``.
+            lost) and what is ``allowed``; or it is compressed.
     """
     path = download(str(source)) if str(source).startswith(('http://', 'https://')) else Path(source).expanduser()
     with about(source):
@@ -130,4 +166,5 @@ def read(source: str | Path, map_location: Any = 'cpu', allowed: tuple[Allowed, 
         contents = _read_pickle(path, map_location, allowed)
         if not isinstance(contents, dict):
             raise CheckpointError(f'expected a dict in it, got {type(contents).__name__}')
+        _check_tensors(contents)
         return contents

@@ -1,0 +1,94 @@
+"""Checkpoints are written whole, and a full disk leaves the older ones as they were."""
+
+import os
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from test_finite import runner_of
+
+from tools.cli import UserError
+from tools.saving import WholeFileBackend, latest_checkpoint
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    backend, path = WholeFileBackend(), tmp_path / 'new/file.pth'
+    backend.put(b'old', path)
+    assert path.read_bytes() == b'old'
+    monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError, match=f'disk full: .{path}'):
+        backend.put(b'new', path)
+    assert path.read_bytes() == b'old'
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_latest_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path / 'nowhere') is None
+    assert latest_checkpoint(tmp_path) is None
+    for time, name in enumerate(['epoch_2.pth', 'epoch_10.pth', 'best_epoch_1.pth']):
+        torch.save({}, tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
+    note = tmp_path / 'last_checkpoint'
+    for text, expected in (
+        ('/moved/elsewhere/epoch_2.pth', 'epoch_2.pth'),
+        ('', 'epoch_10.pth'),
+        ('/run/epoch_3.pth', 'epoch_10.pth'),
+    ):
+        note.write_text(text)
+        assert latest_checkpoint(tmp_path) == str(tmp_path / expected)
+
+
+@pytest.mark.parametrize('noted', [True, False])
+def test_a_checkpoint_that_is_cut_is_passed_over(noted, tmp_path):
+    for time, name in enumerate(['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']):
+        torch.save({'state_dict': {'a': torch.zeros(1000)}}, tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+    for name, size in (('epoch_2.pth', 0), ('epoch_3.pth', 3000)):
+        os.truncate(tmp_path / name, size)
+    if noted:
+        (tmp_path / 'last_checkpoint').write_text(f'{tmp_path}/epoch_3.pth')
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
+
+
+def test_a_checkpoint_gives_way_when_the_next_is_written(tmp_path, monkeypatch):
+    """Even the only one that is kept, and the best one."""
+    runner = runner_of(tmp_path, keep=1)
+    there = []
+    put = WholeFileBackend.put
+
+    def watched_put(self, obj, filepath):
+        there.append(sorted(path.name for path in tmp_path.glob('*.pth')))
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(WholeFileBackend, 'put', watched_put)
+    runner.train()
+    assert there == [[], ['epoch_1.pth'], ['epoch_2.pth']]
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_3.pth']
+
+
+@pytest.mark.parametrize('kept', [1, 3])
+def test_a_limit_on_files(kept, tmp_path, monkeypatch):
+    """A real failure, amid a file: this process may write no more bytes to a file than half a checkpoint has."""
+    runner = runner_of(tmp_path, keep=kept)
+    put = WholeFileBackend.put
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited_put(self, obj, filepath):
+        if Path(filepath).name == 'epoch_3.pth':
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(obj) // 2, hard))
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(WholeFileBackend, 'put', limited_put)
+    try:
+        with pytest.raises(
+            UserError, match=rf'cannot write {tmp_path}/epoch_3\.pth: File too large; last whole .*epoch_2'
+        ):
+            runner.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    names = {path.name for path in tmp_path.iterdir() if path.suffix in ('.pth', '.partial')}
+    assert names == ({'epoch_2.pth'} if kept == 1 else {'epoch_1.pth', 'epoch_2.pth'})
+    assert zipfile.is_zipfile(tmp_path / 'epoch_2.pth') and torch.load(tmp_path / 'epoch_2.pth', weights_only=False)

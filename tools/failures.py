@@ -1,0 +1,33 @@
+"""What goes wrong in a run that is no fault of the code: said in a line that names it."""
+
+import errno
+import re
+
+import torch
+
+from openmmlab import DataError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
+# How PyTorch's backends say that another process is gone, or does not answer within the timeout.
+PEERS = re.compile(
+    r'gloo|Connection (closed|reset) by peer|Timed out waiting|NCCL|ncclRemoteError|process group', re.IGNORECASE
+)
+
+
+def explain(error: Exception) -> str | None:
+    """What happened, in a line; None for an error that may be one of the code, whose stack is worth reading."""
+    first, last = str(error).partition('\n')[0], str(error).strip().rpartition('\n')[2]
+    if isinstance(error, FloatingPointError):
+        return first
+    if isinstance(error, DataError):  # from a data-loading worker, its stack comes first
+        return last.rpartition(f'{DataError.__name__}: ')[2]
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f'cannot write {error.filename or "to the work dir"}: {error.strerror}'
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or MEMORY.search(first):
+        return f'out of memory: {first}; a smaller train_dataloader.batch_size takes less'
+    if re.match(r'DataLoader worker .*(killed|exited)', first):
+        return f'{first}; a worker that takes too much memory is killed: fewer train_dataloader.num_workers take less'
+    if isinstance(error, RuntimeError) and PEERS.search(first):
+        return f'another process ended, or did not answer in env_cfg.dist_cfg.timeout: {first}'
+    return None

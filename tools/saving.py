@@ -1,0 +1,67 @@
+"""Checkpoints that are written whole or not at all, and outlive one that cannot be written."""
+
+import os
+import zipfile
+from pathlib import Path
+
+from mmengine import hooks
+from mmengine.fileio.backends import LocalBackend
+from mmengine.registry import HOOKS
+
+
+class WholeFileBackend(LocalBackend):
+    """Writes a file (each checkpoint goes through here) whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Raises OSError, naming the file."""
+        path = Path(filepath)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'.{path.name}.partial')
+        try:
+            with open(partial, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@HOOKS.register_module(force=True)
+class CheckpointHook(hooks.CheckpointHook):
+    """MMEngine's, but a checkpoint that gives way to another is removed when that is written, not before."""
+
+    def before_train(self, runner) -> None:
+        super().before_train(runner)
+        self.outdated: list[str] = []
+        self.remove, self.file_backend.remove = self.file_backend.remove, self.outdated.append
+
+    def _save_checkpoint_with_step(self, *args, **kwargs) -> None:
+        super()._save_checkpoint_with_step(*args, **kwargs)
+        self._remove_outdated()
+
+    def _save_best_checkpoint(self, *args, **kwargs) -> None:
+        super()._save_best_checkpoint(*args, **kwargs)
+        self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
+        while self.outdated:
+            path = self.outdated.pop()
+            if path not in (self.last_ckpt, getattr(self, 'best_ckpt_path', None)):  # written anew under its old name
+                self.remove(path)
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The newest whole checkpoint in ``work_dir``: the one MMEngine noted, else (the note may be cut) by date.
+
+    A file that is cut, by a full disk or a copy that broke off, lacks the list of contents at its end.
+    """
+    note = Path(work_dir, 'last_checkpoint')
+    if note.is_file():
+        noted = Path(work_dir, Path(note.read_text().strip()).name)  # by name: the folder may have moved
+        if noted.is_file() and zipfile.is_zipfile(noted):
+            return str(noted)
+    found = [path for kind in ('epoch', 'iter') for path in Path(work_dir).glob(f'{kind}_*.pth')]
+    whole = filter(zipfile.is_zipfile, sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True))
+    return next(map(str, whole), None)
