@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kMaxThreads<true>, 8) sums_kernel(const __grid
     for_each_tile<T, 2, false>(p, fast, [&](unsigned i, unsigned lanes) { exact_sums<T>(p, i, lanes); });
 }
 
-// Turns what each chunk of a sequence sends into what it gets. A block takes one sample and slice; for each side and
+// Turns what each chunk of a sequence sends into what it gets. A block takes one side of one sample and slice; for each
 // lane several threads share the chunks.
-constexpr int kCarryParts = 16, kCarryThreads = 2 * kLanes * kCarryParts;
+constexpr int kCarryParts = 32, kCarryThreads = kLanes * kCarryParts;
 
 template <typename T>
 __device__ inline State add_chunk(const State& in, double decay, const State& sent) {
@@ -99,8 +99,8 @@ template <typename T>
 __global__ void __launch_bounds__(kCarryThreads) carry_kernel(const __grid_constant__ Problem p, Phase phase) {
     __shared__ State totals[kCarryThreads];
     Tile t{};
-    t.sample = blockIdx.x / p.plan.slices, t.slice = blockIdx.x % p.plan.slices;
-    const int side = this_row() % 2, part = this_row() / 2, chunks = p.plan.chunks;
+    const int side = blockIdx.x % 2, part = this_row(), chunks = p.plan.chunks;
+    t.sample = blockIdx.x / 2 / p.plan.slices, t.slice = blockIdx.x / 2 % p.plan.slices;
     const double w = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel());
     const int length = (chunks + kCarryParts - 1) / kCarryParts;
     // Counted from where the sums come from.
@@ -126,12 +126,17 @@ __global__ void __launch_bounds__(kCarryThreads) carry_kernel(const __grid_const
         }
     };
     for_each_chunk([&](int, const State& sent) { in = add_chunk<T>(in, decay, sent); });
+    // What the parts up to each one send behind it, in steps of twice as many parts. Only a part behind which there are
+    // no chunks may be shorter than `length`.
+    for (int parts = 1; parts < kCarryParts; parts *= 2) {
+        totals[threadIdx.x] = in;
+        __syncthreads();
+        if (part >= parts) in = add_chunk<T>(totals[threadIdx.x - parts * kLanes], decay * length * parts, in);
+        __syncthreads();
+    }
     totals[threadIdx.x] = in;
     __syncthreads();
-    in = empty_state();
-    for (int other = 0; other < part; ++other) {  // all of them of full length
-        in = add_chunk<T>(in, decay * length, totals[(other * 2 + side) * kLanes + this_lane()]);
-    }
+    in = part > 0 ? totals[threadIdx.x - kLanes] : empty_state();
     for_each_chunk([&](int i, const State& sent) {
         *at(i) = in;
         in = add_chunk<T>(in, decay, sent);

@@ -92,7 +92,7 @@ class Launcher {
 
     template <typename T>
     void carry(Phase phase) {
-        launch(carry_kernel<T>, p_.call.batch * p_.plan.slices, kCarryThreads, 0, p_, phase);
+        launch(carry_kernel<T>, 2 * p_.call.batch * p_.plan.slices, kCarryThreads, 0, p_, phase);
     }
 
     // Programmatic from the second kernel on: the first follows kernels that do not take part.

@@ -153,6 +153,14 @@ std::tuple<Tensor, Tensor> squared_relu_linear_backward(const Tensor& g, const T
     return {op.call(squared, x), gmap};
 }
 
+// The square is taken in place where there is a kernel for that.
+Tensor squared_relu_mlp(const Tensor& x, const Tensor& key, const Tensor& value) {
+    if (!x.is_cuda()) return squared_relu_linear(apply_map(x, key), value);
+    static const auto square = find<Tensor&(Tensor&)>("vision_rwkv::squared_relu_");
+    Tensor hidden = apply_map(x, key);
+    return apply_map(square.call(hidden), value);
+}
+
 std::vector<Tensor> cast_weights(at::TensorList weights, at::ScalarType dtype) {
     std::vector<Tensor> out;
     for (const Tensor& weight : weights) out.push_back(weight.to(dtype));
@@ -166,6 +174,7 @@ void implement(torch::Library& m) {
     m.impl("gated_linear_backward", gated_linear_backward);
     m.impl("squared_relu_linear", squared_relu_linear);
     m.impl("squared_relu_linear_backward", squared_relu_linear_backward);
+    m.impl("squared_relu_mlp", squared_relu_mlp);
 }
 
 }  // namespace

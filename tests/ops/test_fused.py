@@ -63,6 +63,25 @@ def test_opcheck(dtype, device):
         torch.library.opcheck(getattr(torch.ops.vision_rwkv, name).default, arguments)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('shape', [(2, 13, 24), (1, 1, 7), (0, 3, 8)])
+def test_squared_relu_mlp(shape, dtype, device):
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=torch.float64, device=device)
+    key, value = (torch.randn(n, m, dtype=torch.float64, device=device) for n, m in ((48, shape[2]), (10, 48)))
+    x, key, value = (t.to(dtype) for t in (x, key, value))
+    want = torch.relu(x.double() @ key.double().t()).square() @ value.double().t()
+    got = ops.squared_relu_mlp(x, key, value)
+    assert got.dtype == dtype and got.shape == (*shape[:2], 10)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert (got.double() - want).norm() <= tolerance * want.norm()
+    names = ['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic']
+    torch.library.opcheck(torch.ops.vision_rwkv.squared_relu_mlp.default, (x, key, value), test_utils=names)
+    with pytest.raises(RuntimeError, match='squared_relu_mlp has no gradient'):
+        ops.squared_relu_mlp(x.requires_grad_(), key, value)
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_second_derivative_is_refused(name):
     if name == 'residual_plain':

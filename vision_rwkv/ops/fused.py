@@ -238,7 +238,7 @@ def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
 def squared_relu_mlp(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The linear map ``value`` (E, D) of relu(y) ** 2, y that of x (B, T, C) by ``key`` (D, C); for inference.
 
-    In autocast's dtype under autocast. On CUDA some of the tokens are taken at a time, whose y the cache then holds.
+    In autocast's dtype under autocast. On CUDA the square is taken in place.
 
     Raises:
         RuntimeError: gradients are asked for; see squared_relu_linear.
