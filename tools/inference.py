@@ -13,7 +13,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
-from dense.loading import check_image_file
+from openmmlab.loading import check_image_file
 from tools.cli import ConfigParser, UserError
 from vision_rwkv.backbones.base import Backbone
 
