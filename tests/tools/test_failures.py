@@ -121,7 +121,7 @@ def test_numbers_that_go_wrong_in_one_process(tiny, tmp_path):
     )
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_an_image_that_is_cut_while_training(workers, tiny, tmp_path):
     """It is whole when the run starts and cut when the first epoch is saved."""
     shutil.copytree(tiny, tmp_path / 'run', ignore=shutil.ignore_patterns('whole', 'killed'))
