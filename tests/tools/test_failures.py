@@ -115,7 +115,7 @@ def test_numbers_that_go_wrong_in_one_process(tiny, tmp_path):
     errors, _ = train(tiny, tmp_path, 'nan')
     (line,) = (line for line in errors if 'first not finite' in line)
     assert line == (
-        'train.py: error: process 0, epoch 2, iteration 6: the norm of the gradient is nan in process 1; '
+        'train.py: error: process 0, epoch 2, iteration 6: the loss is nan in process 1; '
         'first not finite: the weights before this iteration: head.fc.weight; '
         f'last whole checkpoint: {tmp_path}/epoch_1.pth'
     )
