@@ -6,12 +6,12 @@ MODEL ?= vrwkv
 KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-install demo-detection demo-segmentation test test-slow attack sanitize lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install demo-detection demo-segmentation test test-slow test-kills attack sanitize lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
 install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow attack sanitize lint docs bench zoo wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow test-kills attack sanitize lint docs bench zoo wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -65,6 +65,8 @@ attack: install  ## 20,000 random cases for the operators, on a GPU another 20,0
 
 sanitize: install  ## the operators' tests on a build that checks every address and every undefined operation
 	tools/sanitize.sh $(BIN)/python cpu
+test-kills: install  ## training killed twenty times at random moments, resumed, and compared with a run left alone; 20 minutes
+	$(BIN)/python tests/tools/killing.py --kills 20
 
 lint: install
 	$(BIN)/ruff check .

@@ -58,6 +58,8 @@ def check_image_file(path: str, max_pixels: int = MAX_PIXELS) -> None:
             return
         with Image.open(path) as image:
             image.load()
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f'image {path}: cut off in its header') from error
     except (OSError, SyntaxError) as error:
         raise DataError(f'image {path}: {error}') from error
 

@@ -107,10 +107,13 @@ class Runner(mm.Runner):
         if self._launcher == 'slurm':
             os.environ.setdefault('MASTER_PORT', str(20000 + int(os.environ['SLURM_JOB_ID']) % 20000))
         env_cfg = {**env_cfg, 'dist_cfg': {'timeout': TIMEOUT, **env_cfg.get('dist_cfg', {})}}
+        timeout = env_cfg['dist_cfg']['timeout']
+        if not isinstance(timeout, (int, float)) or not timeout > 0:
+            raise UserError(f'env_cfg.dist_cfg.timeout: expected a number of seconds, got {timeout!r}')
         if self.distributed and get_device() == 'cpu' and not torch.distributed.is_initialized():
             if self._launcher == 'slurm':
                 _read_slurm()
-            torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=env_cfg['dist_cfg']['timeout']))
+            torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=timeout))
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
@@ -169,6 +172,16 @@ class Runner(mm.Runner):
                 raise
             last = latest_checkpoint(self.work_dir) or 'none'
             raise UserError(f'{self.where}: {what}; last whole checkpoint: {last}') from error
+
+    def test(self) -> dict:
+        """As MMEngine's; the same errors."""
+        try:
+            return super().test()
+        except Exception as error:
+            what = explain(error)
+            if not what:
+                raise
+            raise UserError(what) from error
 
     @property
     def where(self) -> str:

@@ -195,7 +195,7 @@ def kill_often(folder: Path, kills: int, seed: int, epochs: int) -> None:
             assert last == epochs, said
             break
         done += 1
-        words = said.strip().rpartition('\n')[2] if victim not in ('all', 'launcher') else ''
+        words = ''.join(re.findall(r'^(?:train\.py: error|process \d was ended).*', said, re.MULTILINE)[:1])
         print(
             f'{done:2}. {victim} killed {moment:.1f} s after the first iteration; all ended in {seconds:.1f} s; '
             f'whole checkpoints: {", ".join(map(str, present)) or "none"}  {words}',

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from mmengine.config import Config
 from scripts import ROOT, call, errors_in
 
@@ -108,7 +109,7 @@ def test_bad_options(monkeypatch, tmp_path):
 
 def test_options_reach_the_config(monkeypatch, tmp_path):
     (tmp_path / 'work').mkdir()
-    (tmp_path / 'work/epoch_7.pth').touch()
+    torch.save({}, tmp_path / 'work/epoch_7.pth')
     argv = [
         DIGITS,
         '--work-dir',

@@ -102,6 +102,12 @@ def test_a_start_may_lack_and_leave_whole_parts(tmp_path):
     assert torch.equal(runner.model.neck.weight, neck)
 
 
+@pytest.mark.parametrize('timeout', ['soon', 0, None])
+def test_a_timeout_that_is_none(timeout):
+    with pytest.raises(UserError, match=f'env_cfg.dist_cfg.timeout: expected a number of seconds, got {timeout!r}'):
+        Runner.setup_env(SimpleNamespace(_launcher='none'), {'dist_cfg': {'timeout': timeout}})
+
+
 def test_resumed_epochs_are_validated_whatever_the_loop_is_called(tmp_path):
     assert 'ValidateResumed' in [type(hook).__name__ for hook in runner_of(tmp_path).hooks]
 

@@ -2,7 +2,9 @@
 
 import os
 import resource
+import subprocess
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from test_finite import runner_of
 
 from tools.cli import UserError
 from tools.saving import WholeFileBackend, latest_checkpoint
+from vision_rwkv.checkpoints import not_finite
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -67,6 +70,39 @@ def test_a_checkpoint_gives_way_when_the_next_is_written(tmp_path, monkeypatch):
     runner.train()
     assert there == [[], ['epoch_1.pth'], ['epoch_2.pth']]
     assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_3.pth']
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=400k', 'tmpfs', folder], capture_output=True).returncode:
+        pytest.skip('may not mount a file system here')
+    yield folder
+    subprocess.run(['umount', '--lazy', folder], check=True)
+
+
+def test_a_full_disk(small_disk, monkeypatch):
+    runner = runner_of(small_disk)
+    put = WholeFileBackend.put
+
+    def put_on_full_disk(self, obj, filepath):
+        if Path(filepath).name == 'epoch_3.pth':
+            with open(small_disk / 'filler', 'wb', 0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+        put(self, obj, filepath)
+
+    monkeypatch.setattr(WholeFileBackend, 'put', put_on_full_disk)
+    message = rf'cannot write {small_disk}/epoch_3\.pth: No space left on device; last whole .*/epoch_2\.pth$'
+    with pytest.raises(UserError, match=message):
+        runner.train()
+    assert sorted(path.name for path in small_disk.glob('*epoch*')) == ['epoch_1.pth', 'epoch_2.pth']
+    (small_disk / 'filler').unlink()
+    for epoch in (1, 2):
+        contents = torch.load(small_disk / f'epoch_{epoch}.pth', weights_only=False)
+        assert contents['meta']['epoch'] == epoch and not not_finite(contents['state_dict'])
 
 
 @pytest.mark.parametrize('kept', [1, 3])
