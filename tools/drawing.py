@@ -63,7 +63,7 @@ def draw_scores(picture: np.ndarray, scores: Sequence[tuple[str, float]]) -> Fig
     made = canvas(picture, panel=True)
     top = 0.8
     for number, (name, score) in enumerate(scores):
-        lines = textwrap.wrap(textwrap.shorten(name, 58, placeholder=' …'), 30) or ['']
+        lines = textwrap.wrap(name, 28, max_lines=2, placeholder=' …') or ['']
         weight = 'bold' if number == 0 else 'normal'
         for line in lines:
             made.panel.text(0.05, top, line, fontsize=FONT * made.unit, weight=weight, va='center')
@@ -127,7 +127,14 @@ def draw_segments(picture: np.ndarray, classes: Sequence[tuple[str, Color, float
         made.panel.add_patch(Rectangle((0.05, top - 0.36), 0.09, 0.72, color=color))
         short = textwrap.shorten(name, 24, placeholder=' …')
         made.panel.text(0.18, top, short, fontsize=FONT * made.unit, va='center')
-        made.panel.text(0.97, top, f'{share:.1%}', fontsize=FONT * made.unit, va='center', ha='right')
+        made.panel.text(
+            0.97,
+            top,
+            f'{share:.1%}' if share >= 0.0005 else '< 0.1%',
+            fontsize=FONT * made.unit,
+            va='center',
+            ha='right',
+        )
     if len(shown) < len(classes):
         more = f'and {len(classes) - len(shown)} more'
         made.panel.text(0.18, len(shown) + 0.8, more, fontsize=FONT * made.unit, va='center', style='italic')

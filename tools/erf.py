@@ -32,7 +32,7 @@ from vision_rwkv.checkpoints import load  # noqa: E402
 
 THRESHOLDS = (0.2, 0.3, 0.5, 0.99)  # RepLKNet's
 SEED = 0  # of the initial weights
-FAINT = 1e-5  # of the largest contribution: black in the picture
+FAINT = 0.1  # the part of all pixels that is as good as black in the picture
 
 
 def contribution(backbone: Backbone, x: Tensor) -> Tensor:
@@ -63,15 +63,17 @@ def area_ratios(scores: np.ndarray) -> list[tuple[int, float]]:
 def draw(fields: dict[str, np.ndarray], size: int, title: str) -> Figure:
     """One heat map for each of ``fields``, scores (S, S) from 0 to 1, with the squares of `area_ratios`."""
     figure = Figure(figsize=(5.4 * len(fields) + 0.7, 5.9), dpi=110, layout='compressed')
+    faint = min(np.quantile(scores[scores > 0], FAINT) for scores in fields.values())
+    norm = LogNorm(np.clip(faint, 1e-8, 0.1), 1, clip=True)
     for axes, (name, scores) in zip(figure.subplots(1, len(fields)), fields.items(), strict=True):
-        image = axes.imshow(scores, cmap='inferno', norm=LogNorm(FAINT, 1, clip=True), extent=(0, size, size, 0))
+        image = axes.imshow(scores, cmap='inferno', norm=norm, extent=(0, size, size, 0))
         ratios = area_ratios(scores)
         for side, _ in ratios:
             first, last = max(0, size // 2 - side // 2), min(size, size // 2 + side // 2 + 1)
             edge = {'fill': False, 'color': 'white', 'linewidth': 0.9, 'alpha': 0.8, 'clip_on': False}
             axes.add_patch(Rectangle((first, first), last - first, last - first, **edge))
-        held = ', '.join(f'{t:.0%} in {ratio:.1%}' for t, (_, ratio) in zip(THRESHOLDS, ratios, strict=True))
-        axes.set_title(f'{name}: {held}', fontsize=10)
+        held = ', '.join(f'{t:.0%} in {100 * ratio:.3g}%' for t, (_, ratio) in zip(THRESHOLDS, ratios, strict=True))
+        axes.set_title(f'{name}: {held}', fontsize=9)
         ticks = [0, size // 4, size // 2, 3 * size // 4, size]
         axes.set(xticks=ticks, yticks=ticks, xlabel=f'input: {size} × {size} pixels')
     figure.colorbar(image, ax=figure.axes, label='contribution, 1 for the largest')

@@ -4,7 +4,6 @@ import glob
 import os
 from pathlib import Path
 
-import cv2
 import mmcv
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
-from openmmlab.loading import check_image_file
+from openmmlab import DataError, check_image_file
 from tools.cli import ConfigParser, UserError
 from vision_rwkv.backbones.base import Backbone
 
@@ -61,11 +60,7 @@ def read_image(path: Path) -> np.ndarray:
     try:
         check_image_file(str(path))
         image = mmcv.imread(path)
-    except OSError as error:
-        raise UserError(f'image {path}: {error.strerror or error}') from error
-    except cv2.error as error:
-        raise UserError(f'image {path}: {error.err}') from error
-    except ValueError as error:
+    except DataError as error:
         raise UserError(str(error)) from error
     if image is None:
         raise UserError(f'image {path}: not an image')

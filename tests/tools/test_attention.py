@@ -133,7 +133,7 @@ def test_what_is_refused(photos, tmp_path, monkeypatch):
     masked = untrained.CONFIGS / 'classification/mae/vrwkv_mae_digits.py'
     for arguments, message in (
         ((config, 'no.pth', photo, *out), 'checkpoint not found: no.pth'),
-        ((config, checkpoint, 'no.png', *out), 'image no.png: No such file'),
+        ((config, checkpoint, 'no.png', *out), 'image no.png: .*No such file'),
         ((config, checkpoint, tmp_path / 'text.png', *out), 'text.png: not an image'),
         ((config, checkpoint, photo, *out, '--device', 'gpu'), '--device expects cpu, cuda or cuda:N, got gpu'),
         ((config, checkpoint, photo, *out, '--token', 16, 0), r'got 16 0'),

@@ -82,7 +82,7 @@ def test_what_is_drawn():
     scores[24:41, 24:41] = 1
     figure = erf.draw({'before': scores, 'after': np.ones((64, 64))}, 64, 'title')
     before, after, _ = figure.axes
-    assert before.get_title().startswith('before: 20% in ') and after.get_title().endswith('99% in 100.0%')
+    assert before.get_title().startswith('before: 20% in ') and after.get_title().endswith('99% in 100%')
     assert before.get_xlabel() == 'input: 64 × 64 pixels' and list(before.get_xticks()) == [0, 16, 32, 48, 64]
     squares = [(patch.get_x(), patch.get_width()) for patch in before.patches]
     assert squares[3] == (24, 17) and [(p.get_x(), p.get_width()) for p in after.patches][3] == (0, 64)
