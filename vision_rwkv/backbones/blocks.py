@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vision_rwkv.backbones.initial import depth_ratios, mix_parameter, ramp
-from vision_rwkv.backbones.shift import SEQUENCE, Shift, Stats, folded, is_plain, is_watched, shifted_linears
+from vision_rwkv.backbones.shift import (
+    SEQUENCE,
+    PlainParts,
+    Shift,
+    Stats,
+    folded,
+    is_plain,
+    is_watched,
+    plain_parts,
+    shifted_linears,
+)
 from vision_rwkv.ops import Norm, gate, q_shift, residual, squared_relu, squared_relu_linear, squared_relu_mlp
 from vision_rwkv.ops._checks import autocast_dtype
 from vision_rwkv.ops._native import has_block
@@ -69,12 +79,10 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden, dim, bias=False)
 
-    def plain_parts(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The mixes and maps of `forward`, unless something in it is out of the ordinary."""
-        linears = (self.key, self.receptance, self.value)
-        if not self.shift.pixels or self.key_norm is not None or not is_plain(*linears):
-            return None
-        return [self.spatial_mix_k, self.spatial_mix_r], [linear.weight for linear in linears]
+    def plain_parts(self) -> PlainParts | None:
+        """What `forward` computes with, unless something in it is out of the ordinary."""
+        mixes, linears = (self.spatial_mix_k, self.spatial_mix_r), (self.key, self.receptance, self.value)
+        return None if self.key_norm is not None else plain_parts(self.shift, mixes, linears)
 
     def forward(
         self,
@@ -88,8 +96,9 @@ class ChannelMix(nn.Module):
         norm: a layer norm of x to apply first. finish: what becomes of the receptance and the values.
         """
         mixes = (self.spatial_mix_k, self.spatial_mix_r)
-        if x.is_cuda and not torch.is_grad_enabled() and hw != SEQUENCE and self.plain_parts() is not None:
-            k, r = q_shift(x, mixes, hw, *self.shift, norm=norm)
+        quiet = x.is_cuda and not torch.is_grad_enabled() and hw != SEQUENCE
+        if quiet and (parts := self.plain_parts()) is not None:
+            k, r = q_shift(x, parts.mixes, hw, *self.shift, norm=norm)
             return finish(self.receptance(r), squared_relu_mlp(k, self.key.weight, self.value.weight))
         k, r = shifted_linears(x, hw, self.shift, norm, mixes, (self.key, self.receptance))
         if self.key_norm is None and is_plain(self.value):
@@ -119,8 +128,8 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        att: nn.Module,
-        ffn: nn.Module,
+        att: Any,
+        ffn: ChannelMix,
         dim: int,
         first: bool,
         post_norm: bool,
@@ -134,8 +143,8 @@ class Block(nn.Module):
         self.ln0 = nn.LayerNorm(dim) if first else None
         self.ln1 = nn.LayerNorm(dim)
         self.ln2 = nn.LayerNorm(dim)
-        self.att = att
-        self.ffn = ffn
+        self.att: Any = att
+        self.ffn: Any = ffn
         self.drop_path = DropPath(drop_path)
         self.gamma1 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
         self.gamma2 = None if init_values is None else nn.Parameter(torch.full((dim,), float(init_values)))
@@ -172,18 +181,17 @@ class Block(nn.Module):
         norm = folded(self.ln2, Stats(middle, self.ln2.eps))
         return self.ffn(x, hw, norm, lambda r, z: self._add(x, self.gamma2, r, z, stats_eps=next_eps))
 
-    def _whole_parts(self, hw: tuple[int, int]) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Mixes and maps for `vrwkv_block`, unless something in this block is out of the ordinary, or watched.
+    def _whole_parts(self, hw: tuple[int, int]) -> tuple[PlainParts, PlainParts] | None:
+        """The parts of both mixes for `vrwkv_block`, unless something in this block is out of the ordinary, or watched.
 
         A compiler sees the operators that a block is made of, and leaves them as they are.
         """
         if torch.compiler.is_compiling() or not has_block() or hw == SEQUENCE:
             return None
-        parts = self.att.plain_parts(), self.ffn.plain_parts()
-        if None in parts or is_watched(self.att, self.ffn, self.ln1, self.ln2):
+        if is_watched(self.att, self.ffn, self.ln1, self.ln2):
             return None
-        (att_mixes, att_maps), (ffn_mixes, ffn_maps) = parts
-        return [*att_mixes, *ffn_mixes], [*att_maps, *ffn_maps]
+        att, ffn = self.att.plain_parts(), self.ffn.plain_parts()
+        return None if att is None or ffn is None else (att, ffn)
 
     def _whole(
         self,
@@ -191,11 +199,11 @@ class Block(nn.Module):
         hw: tuple[int, int],
         stats: Stats | None,
         next_eps: float | None,
-        mixes: list[Tensor],
-        maps: list[Tensor],
+        att: PlainParts,
+        ffn: PlainParts,
     ) -> tuple[Tensor, Tensor]:
         """All of the block by one call."""
-        ln1, ln2, att = self.ln1, self.ln2, self.att
+        ln1, ln2 = self.ln1, self.ln2
         return torch.ops.vision_rwkv.vrwkv_block(
             x,
             folded(ln1, stats).stats,
@@ -204,17 +212,17 @@ class Block(nn.Module):
             ln2.eps,
             next_eps,
             self.post_norm,
-            mixes,
-            maps,
-            att.spatial_decay,
-            att.spatial_first,
+            [*att.mixes, *ffn.mixes],
+            [*att.maps, *ffn.maps],
+            self.att.spatial_decay,
+            self.att.spatial_first,
             self.gamma1,
             self.gamma2,
             self._scale(x),
             self._scale(x),
             *hw,
-            att.shift.pixels,
-            att.shift.gamma,
+            self.ffn.shift.pixels,
+            self.ffn.shift.gamma,
             autocast_dtype(x),
         )
 

@@ -59,8 +59,8 @@ class Stats(NamedTuple):
 
 def folded(norm: nn.LayerNorm, stats: Stats | None = None) -> ops.Norm:
     """``norm`` for an operator that applies it, with the statistics of what it will see if they are known."""
-    known = stats is not None and stats.eps == norm.eps
-    return ops.Norm(norm.weight, norm.bias, norm.eps, stats.values if known else None)
+    known = stats.values if stats is not None and stats.eps == norm.eps else None
+    return ops.Norm(norm.weight, norm.bias, norm.eps, known)
 
 
 def apply_norm(norm: ops.Norm | None, x: Tensor) -> Tensor:
@@ -76,6 +76,20 @@ def is_plain(*linears: nn.Module) -> bool:
 def is_watched(*modules: nn.Module) -> bool:
     """Whether somebody wants to see a module called: it has hooks, or a forward of its own."""
     return any(x._forward_hooks or x._forward_pre_hooks or 'forward' in x.__dict__ for x in modules)
+
+
+class PlainParts(NamedTuple):
+    """Mixes (1, 1, C) and weights of linear layers (D, C) of a mix without anything out of the ordinary."""
+
+    mixes: list[Tensor]
+    maps: list[Tensor]
+
+
+def plain_parts(shift: Shift, mixes: Sequence[Tensor | None], linears: Sequence[nn.Linear]) -> PlainParts | None:
+    """The parts, if tokens are shifted and the layers are plain."""
+    if not shift.pixels or not is_plain(*linears):
+        return None
+    return PlainParts([mix for mix in mixes if mix is not None], [linear.weight for linear in linears])
 
 
 def shifted_linears(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vision_rwkv.backbones._checks import check_choice, check_range
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.initial import INIT_MODES, constant, depth_ratios, full_ramp, mix_parameter, ramp, zigzag
-from vision_rwkv.backbones.shift import Shift, is_plain, shifted_linears
+from vision_rwkv.backbones.shift import PlainParts, Shift, is_plain, plain_parts, shifted_linears
 from vision_rwkv.ops import Norm, bi_wkv, gate, gated_bi_wkv, gated_linear
 
 
@@ -30,13 +30,11 @@ class SpatialMix(nn.Module):
         self.key_norm = nn.LayerNorm(dim) if key_norm else None
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def plain_parts(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """The mixes and maps of `forward`, unless something in it is out of the ordinary."""
+    def plain_parts(self) -> PlainParts | None:
+        """What `forward` computes with, unless something in it is out of the ordinary."""
+        mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
         linears = (self.key, self.value, self.receptance, self.output)
-        if not self.shift.pixels or self.key_norm is not None or not is_plain(*linears):
-            return None
-        mixes = [self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r]
-        return mixes, [linear.weight for linear in linears]
+        return None if self.key_norm is not None else plain_parts(self.shift, mixes, linears)
 
     def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
