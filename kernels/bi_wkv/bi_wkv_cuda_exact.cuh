@@ -96,14 +96,16 @@ __device__ inline double exact_output(const State& before, const State& after, c
 // not cancel then must not become more than the whole. NaN stays NaN.
 __device__ inline double share_of(double exponent) { return exp(exponent > 0 ? 0 : exponent); }
 
-// What a token's key and value add to the sums.
+// What a token's key and value add to the sums. A key that is NaN makes the sums NaN: as an exponent it would be lost
+// where the larger one counts.
 template <typename T>
 struct KeyValue {
     const T *k, *v;
     int64_t stride;
 
     __device__ State operator()(int j) const {
-        return {static_cast<double>(to_real(k[j * stride])), static_cast<double>(to_real(v[j * stride])), 1};
+        const double key = to_real(k[j * stride]), value = to_real(v[j * stride]);
+        return isnan(key) ? State{0, key, key} : State{key, value, 1};
     }
 };
 

@@ -85,7 +85,8 @@ def wkv6_bounds(case: Case, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tenso
     compute, tokens = compute_dtype(case), r.shape[1]
     exponents = {x: -math.log(torch.finfo(x).tiny) for x in LOST_DECAY}  # exp of what is below is 0
     share = 2 * ROUNDING[compute] * (tokens + exponents[compute])
-    share += 8 * ROUNDING[torch.float64] * exponents[torch.float64]  # the definition's own
+    # The definition's own, whose exponents are sums over the tokens, rounded at each.
+    share += max(8, tokens) * ROUNDING[torch.float64] * exponents[torch.float64]
     if r.is_cuda and r.shape[-1] == 64 and compute == torch.float32:
         share += 8 * ROUNDING[torch.bfloat16] if case.dtype == torch.bfloat16 else 4 * SPLIT
     r, k, v, u, g = (x.abs() for x in (r, k, v, u, gy))
