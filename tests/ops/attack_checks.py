@@ -76,7 +76,10 @@ def bi_wkv_bounds(case: Case, w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Te
     v, g = v.abs()[:, None], gy.abs()[:, :, None]
     mean, y = (weight * v).sum(2, keepdim=True), (off * v).sum(2, keepdim=True)
     pairs = g * (off * (v + mean + y) + weight * y)
-    gw = ((apart - 1).clamp(min=0) * pairs).sum((0, 1, 2))
+    # A term of gw counts once for each token in between. CUDA splits that number into parts of up to 32, which a few
+    # roundings leave as much as one more token: off is 200 of them.
+    between = (apart - 1).clamp(min=0) + (1 if k.is_cuda else 0)
+    gw = (between * pairs).sum((0, 1, 2))
     return [y[:, :, 0], gw, torch.diagonal(pairs, dim1=1, dim2=2).sum((0, 2)), pairs.sum(1), (off * g).sum(1)]
 
 
@@ -200,7 +203,9 @@ def order(it: Attack, found: Findings) -> None:
 
 
 def samples(it: Attack, found: Findings) -> None:
-    """Samples in another order: the same bits. One alone: the same on the CPU; CUDA cuts its work by the amount."""
+    """Samples in another order: the same bits, but of PyTorch's matrix products on CUDA, which look at the layout. One
+    alone: the same on the CPU; CUDA cuts its work by the amount.
+    """
     if it.case.shape[0] == 1:
         return
     moved, alone = it.of_tokens(lambda x: x.roll(1, 0)), it.of_tokens(lambda x: x[-1:])
@@ -208,7 +213,10 @@ def samples(it: Attack, found: Findings) -> None:
         if not it.has_tokens(got):  # added up over the samples
             found.within(f'samples {name}', got, want, 2 * bound)
             continue
-        found.same(f'samples {name}', got, want.roll(1, 0))
+        if it.native or not got.is_cuda:
+            found.same(f'samples {name}', got, want.roll(1, 0))
+        else:
+            found.within(f'samples {name}', got, want.roll(1, 0), 2 * bound.roll(1, 0))
         if one.is_cuda:
             found.within(f'alone {name}', one, want[-1:], 2 * bound[-1:])
         else:
