@@ -22,7 +22,10 @@ constexpr int kGroup = 4;   // tokens between two kept states of a thread's scan
 constexpr int kMaxRows = 16, kMaxRowsOfMany = 8;
 template <bool kMany>
 constexpr int kMaxThreads = kLanes * (kMany ? kMaxRowsOfMany : kMaxRows);
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.4426950408889634074;
+// A reference exponent in nats. The fast path takes keys times float(kLog2E), rounded, to base 2: of large keys that
+// rounding counts, where chunks are merged whose exponents are the keys themselves.
+constexpr double kNats = 1 / static_cast<double>(static_cast<float>(kLog2E));
 
 enum Phase { kForwardSums, kAdjointSums };
 

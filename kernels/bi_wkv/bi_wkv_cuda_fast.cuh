@@ -13,9 +13,9 @@ namespace bi_wkv {
 constexpr float kDecaySpan = 60;   // of exp(-w) over a tile's tokens, either way
 constexpr float kBonusSpan = 30;   // of u, either way
 constexpr float kLargest = 1e13f;  // 2^43: of a row's sums and of what other tiles send, relative to the reference
-constexpr float kLargestReference = 1e30f;
-constexpr float kLargestAdjoint = 1e30f;  // 2^100
-constexpr float kTiny = 1e-36f;           // keeps the denominators of tokens that do not exist from being zero
+constexpr float kLargestReference = 1e12f;  // beyond it exponents are rough, see bi_wkv_cuda_exact.cuh
+constexpr float kLargestAdjoint = 1e30f;    // 2^100
+constexpr float kTiny = 1e-36f;             // keeps the denominators of tokens that do not exist from being zero
 
 // What one channel's parameters make of a tile.
 struct Channel {
@@ -179,14 +179,14 @@ __device__ inline void publish(const Problem& p, const Tile& t, Phase phase, con
     const int rows = p.plan.rows;
     for (int side = this_row(); side < 2; side += rows) {
         const Pair all = gather_rows(of_rows, rows, side, rows, row_decay, {0, 0});
-        *tile_sums(p, t, phase, side) = {base * kLn2, all.x, all.y};
+        *tile_sums(p, t, phase, side) = {base * kNats, all.x, all.y};
     }
 }
 
 // What the other tiles send to this one from one side, relative to base.
 __device__ inline Pair load_incoming(const Problem& p, const Tile& t, Phase phase, int side, float base) {
     const State sent = *tile_sums(p, t, phase, side);
-    const float scale = fast_exp2(static_cast<float>(fma(sent.m, kLog2E, -static_cast<double>(base))));
+    const float scale = fast_exp2(static_cast<float>((sent.m - base * kNats) * kLog2E));
     return {static_cast<float>(sent.x) * scale, static_cast<float>(sent.y) * scale};
 }
 
