@@ -49,7 +49,9 @@ def test_the_same_seed_gives_the_same_weights_after_50_steps(version, tiny):
         options = ('--seed', 7 if name == 'other' else 3, '--work-dir', work_dir)
         if name == 'other':
             options += ('--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.checkpoint.interval=1')
-        call('python', ROOT / 'tools/train.py', config, *options, cwd=tiny, OMP_NUM_THREADS=2)
+        call(
+            'python', ROOT / 'tools/train.py', config, *options, cwd=tiny, OMP_NUM_THREADS=2, OMP_WAIT_POLICY='passive'
+        )
         path = work_dir / f'epoch_{1 if name == "other" else 5}.pth'
         weights.append(torch.load(path, weights_only=False)['state_dict'])
     first, second, other = weights
