@@ -24,7 +24,8 @@ ROUNDING = {x: torch.finfo(x).eps / 2 for x in (torch.float64, torch.float32, to
 # paths in kernels/bi_wkv, exp(-87 + 36 + 16) and 2^(-126 + 60 + 30); a decay of WKV6.
 LOST_WEIGHT = {'cpu': 1e-15, 'cuda': 2.0**-36}
 LOST_DECAY = {torch.float32: 2.0**-120, torch.float64: 2.0**-1016}
-FLOOR = {torch.float32: 1e-24, torch.float64: 1e-290}  # and a product with one, over a denominator of exp(-36)
+# A product that underflows, 2^-149, is amplified likewise, and added up over pairs of tokens.
+FLOOR = {'cpu': 1e-20, 'cuda': 1e-14, 'double': 1e-290}
 SPLIT = 2.0**-16  # a product of float32 numbers as WKV6 takes it on CUDA: two bfloat16 numbers each
 
 
@@ -73,7 +74,7 @@ def bi_wkv_bounds(case: Case, w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Te
         + ROUNDING[torch.float64] * k.shape[1] * size
     )
     share = share[:, None, None]
-    lost = LOST_WEIGHT[k.device.type] if compute == torch.float32 else FLOOR[compute]
+    lost = LOST_WEIGHT[k.device.type] if compute == torch.float32 else FLOOR['double']
     off = torch.where(share < 1, share * weight, 1.0) + lost
     v, g = v.abs()[:, None], gy.abs()[:, :, None]
     mean, y = (weight * v).sum(2, keepdim=True), (off * v).sum(2, keepdim=True)
@@ -119,9 +120,10 @@ class Attack:
         y, grads = gradients(DEFINITIONS[case.name], exact, g)
         self.want = [y, *grads]
         self.bounds = BOUNDS[case.name](case, *exact.values(), g)
+        floor = self.floor = FLOOR[gy.device.type if compute_dtype(case) == torch.float32 else 'double']
         for i, (want, result) in enumerate(zip(self.want, self.results, strict=True)):
             last_place = ROUNDING[result.dtype] * (want.abs() + torch.finfo(result.dtype).smallest_normal)
-            self.bounds[i] = self.bounds[i] + last_place + FLOOR[compute_dtype(case)]
+            self.bounds[i] = self.bounds[i] + last_place + floor
 
     def run(self, given: dict[str, Tensor], gy: Tensor) -> list[Tensor]:
         """y and the gradients of all inputs."""
@@ -174,7 +176,7 @@ def mean_of_values(it: Attack, found: Findings) -> None:
     last_bits = (
         (16 + min(v.shape[1], 64) + v.shape[1] / 8) * ROUNDING[it.case.dtype] if it.case.dtype.itemsize >= 4 else 0
     )
-    slack = last_bits * torch.maximum(low.abs(), high.abs()) + FLOOR[compute_dtype(it.case)]
+    slack = last_bits * torch.maximum(low.abs(), high.abs()) + it.floor
     found.within('mean', y, y.clamp(low, high), slack)
 
 
@@ -253,7 +255,7 @@ def bad_numbers(it: Attack, found: Findings) -> None:
 def finite_differences(it: Attack, found: Findings) -> None:
     """The gradients along a random direction, summed up in each channel (WKV6: head), in float64.
 
-    Twice what y may be off by, which is at least 1e-14 of its terms and what an input's own last place changes, over the
+    Twice what y may be off by (at least 1e-14 of its terms, and what an input's own last place changes), over the
     step h, is more than the error of the difference; the rest of it, h^2 of the terms, is much less.
     """
     step, random, tokens = 1e-5, it.random(), it.case.shape[1]
