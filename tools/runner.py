@@ -116,6 +116,12 @@ class Runner(mm.Runner):
             torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=timeout))
         super().setup_env(env_cfg)
 
+    def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """As MMEngine's, and deterministic mode works on a GPU too: PyTorch wants this setting of cuBLAS for it."""
+        if deterministic:
+            os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        super().set_randomness(seed, diff_rank_seed, deterministic)
+
     def wrap_model(self, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> torch.nn.Module:
         """As MMEngine's, but on a CPU without device numbers and synchronised batch norm, which need a GPU."""
         if not self.distributed or get_device() != 'cpu':

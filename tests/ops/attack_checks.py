@@ -20,10 +20,12 @@ from torch import Tensor
 from vision_rwkv.ops import implementation
 
 ROUNDING = {x: torch.finfo(x).eps / 2 for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-# What underflows next to the largest term: a weight of Bi-WKV (kernels/bi_wkv, "Range"), a decay of WKV6.
-LOST_WEIGHT = {torch.float32: 1e-19, torch.float64: 1e-290}
+# What underflows: a weight of Bi-WKV where a small denominator and growth (w < 0) meet, within the ranges of the fast
+# paths in kernels/bi_wkv, exp(-87 + 36 + 16) and 2^(-126 + 60 + 30); a decay of WKV6.
+LOST_WEIGHT = {'cpu': 1e-15, 'cuda': 2.0**-36}
 LOST_DECAY = {torch.float32: 2.0**-120, torch.float64: 2.0**-1016}
-FLOOR = {torch.float32: 1e-24, torch.float64: 1e-290}  # and a product with one, over a denominator of exp(-36)
+# A product that underflows, 2^-149, is amplified likewise, and added up over pairs of tokens.
+FLOOR = {'cpu': 1e-20, 'cuda': 1e-14, 'double': 1e-290}
 SPLIT = 2.0**-16  # a product of float32 numbers as WKV6 takes it on CUDA: two bfloat16 numbers each
 
 
@@ -72,7 +74,8 @@ def bi_wkv_bounds(case: Case, w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Te
         + ROUNDING[torch.float64] * k.shape[1] * size
     )
     share = share[:, None, None]
-    off = torch.where(share < 1, share * weight, 1.0) + LOST_WEIGHT[compute]
+    lost = LOST_WEIGHT[k.device.type] if compute == torch.float32 else FLOOR['double']
+    off = torch.where(share < 1, share * weight, 1.0) + lost
     v, g = v.abs()[:, None], gy.abs()[:, :, None]
     mean, y = (weight * v).sum(2, keepdim=True), (off * v).sum(2, keepdim=True)
     pairs = g * (off * (v + mean + y) + weight * y)
@@ -121,9 +124,10 @@ class Attack:
         y, grads = gradients(DEFINITIONS[case.name], exact, g)
         self.want = [y, *grads]
         self.bounds = BOUNDS[case.name](case, *exact.values(), g)
+        floor = self.floor = FLOOR[gy.device.type if compute_dtype(case) == torch.float32 else 'double']
         for i, (want, result) in enumerate(zip(self.want, self.results, strict=True)):
             last_place = ROUNDING[result.dtype] * (want.abs() + torch.finfo(result.dtype).smallest_normal)
-            self.bounds[i] = self.bounds[i] + last_place + FLOOR[compute_dtype(case)]
+            self.bounds[i] = self.bounds[i] + last_place + floor
 
     def run(self, given: dict[str, Tensor], gy: Tensor) -> list[Tensor]:
         """y and the gradients of all inputs."""
@@ -167,11 +171,16 @@ def definition(it: Attack, found: Findings) -> None:
 
 
 def mean_of_values(it: Attack, found: Findings) -> None:
-    """min v <= y <= max v, but for the last bits of float32 and float64; what is rounded further never leaves."""
+    """min v <= y <= max v, but for the last bits of float32 and float64; what is rounded further never leaves.
+
+    Numerator and denominator decay side by side, each with a rounding a token within a chunk, and one a chunk.
+    """
     v, y = it.given['v'].double(), it.results[0].double()
     low, high = v.amin(1, keepdim=True), v.amax(1, keepdim=True)
-    last_bits = (16 + v.shape[1] / 8) * ROUNDING[it.case.dtype] if it.case.dtype.itemsize >= 4 else 0
-    slack = last_bits * torch.maximum(low.abs(), high.abs()) + FLOOR[compute_dtype(it.case)]
+    last_bits = (
+        (16 + min(v.shape[1], 64) + v.shape[1] / 8) * ROUNDING[it.case.dtype] if it.case.dtype.itemsize >= 4 else 0
+    )
+    slack = last_bits * torch.maximum(low.abs(), high.abs()) + it.floor
     found.within('mean', y, y.clamp(low, high), slack)
 
 
@@ -259,8 +268,8 @@ def bad_numbers(it: Attack, found: Findings) -> None:
 def finite_differences(it: Attack, found: Findings) -> None:
     """The gradients along a random direction, summed up in each channel (WKV6: head), in float64.
 
-    What y may be off by is at least 1e-14 of its terms. Of that divided by the step h, much less than half is the
-    error of the difference; so is the rest of it, h^2 of the terms.
+    Twice what y may be off by (at least 1e-14 of its terms, and what an input's own last place changes), over the
+    step h, is more than the error of the difference; the rest of it, h^2 of the terms, is much less.
     """
     step, random, tokens = 1e-5, it.random(), it.case.shape[1]
     directions = {}
@@ -274,4 +283,4 @@ def finite_differences(it: Attack, found: Findings) -> None:
     difference = total(it.gy * (ends[0] - ends[1])) / (2 * step)
     slope = sum(total(grad * directions[x]) for x, grad in zip(it.given, it.results[1:], strict=True))
     slack = sum(total(bound * directions[x].abs()) for x, bound in zip(it.given, it.bounds[1:], strict=True))
-    found.within('differences', slope, difference, slack + total(it.gy.abs() * it.bounds[0]) * 0.5 / step)
+    found.within('differences', slope, difference, slack + total(it.gy.abs() * it.bounds[0]) * 2 / step)

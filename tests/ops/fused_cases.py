@@ -159,13 +159,15 @@ def cases(size: Size) -> dict[str, Case]:
 NAMES = list(cases(SIZES['tiny']))
 
 
-def run(op: Callable, inputs: dict[str, Tensor], seed: int = 1) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and the gradients of all inputs for fixed random gradients of the results."""
+def run(op: Callable, inputs: dict[str, Tensor], dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and the gradients of all inputs for fixed random gradients of the results, rounded to ``dtype``."""
     leaves = [x.detach().requires_grad_() for x in inputs.values()]
     results = op(*leaves)
     results = list(results) if isinstance(results, (list, tuple)) else [results]
-    generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in results]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype or y.dtype).to(y) for y in results
+    ]
     return [y.detach() for y in results], list(torch.autograd.grad(results, leaves, upstream))
 
 
@@ -179,7 +181,8 @@ def check(case: Case, precision: str, device: str) -> None:
     }
     with torch.autocast(device, cast) if cast else nullcontext():
         results, gradients = run(case.op, given)
-    want, want_gradients = run(case.definition, {name: x.double() for name, x in given.items()})
+    exact = {name: x.double() for name, x in given.items()}
+    want, want_gradients = run(case.definition, exact, results[0].dtype)
     for got, exact in zip(results, want, strict=True):
         assert got.shape == exact.shape
         assert error(got, exact) <= bound

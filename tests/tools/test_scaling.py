@@ -12,7 +12,7 @@ from tools import scaling
 
 def kept_units(name: str) -> float:
     """Bytes that one more layer keeps for the backward pass, in units, on a CPU under bfloat16 autocast."""
-    side, batch, kept = 64, 2, []
+    side, batch, kept = 64, 3, []
     for depth in (2, 3):
         model = scaling.MODELS[name](side)
         del model.layers[depth:]
@@ -23,7 +23,7 @@ def kept_units(name: str) -> float:
         def keep(x, held=held, sizes=sizes, parameters=parameters):
             held.append(x)  # so that no storage is used twice
             # Values of tokens: weights' copies in bfloat16 are not.
-            if x.untyped_storage().data_ptr() not in parameters and {16, 32, 80} & set(x.shape):
+            if x.untyped_storage().data_ptr() not in parameters and {16, 48} & set(x.shape):
                 sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
