@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, get_torch_safe_globals
 from torch import Tensor, nn
 
 from vision_rwkv.backbones.base import Backbone
-from vision_rwkv.checkpoints import CheckpointError, Fitted, about, fit, read, to_our_names
+from vision_rwkv.checkpoints import CheckpointError, Fitted, about, check_finite, fit, read, to_our_names
 from vision_rwkv.checkpoints.layouts import CONTAINERS
 
 
@@ -52,6 +52,7 @@ def fit_and_tell(contents: dict, model: nn.Module, filename: str, start: bool) -
     """As `fit`; the log says what is new in the model and left over in the file. Raises CheckpointError."""
     with about(filename):
         fitted = fit(contents, model, start)
+        check_finite(fitted.tensors)
     for names, fate in ((fitted.new, 'keep their initial values'), (fitted.left_over, 'of the file are not used')):
         if names:
             text = f'{filename}: {len(names)} tensors {fate}: {", ".join(names)}'

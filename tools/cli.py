@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
+from mmengine.dist import is_distributed
 
 from vision_rwkv.checkpoints import CheckpointError
 
@@ -72,7 +73,9 @@ def run(main) -> None:
     except (UserError, CheckpointError) as error:
         if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) > 0:
             time.sleep(10)  # all are stopped when one ends
-        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr)
+        print(f'{Path(sys.argv[0]).name}: error: {error}', file=sys.stderr, flush=True)
+        if is_distributed():
+            os._exit(2)  # at once, and not when data-loading workers and the other processes are done
         sys.exit(2)
 
 

@@ -15,6 +15,11 @@ PEERS = re.compile(
 )
 
 
+def lost_another(error: Exception) -> bool:
+    """Whether it says no more than that another process ended or does not answer."""
+    return isinstance(error, RuntimeError) and bool(PEERS.search(str(error).partition('\n')[0]))
+
+
 def explain(error: Exception) -> str | None:
     """What happened, in a line; None for an error that may be one of the code, whose stack is worth reading."""
     first, last = str(error).partition('\n')[0], str(error).strip().rpartition('\n')[2]
@@ -28,6 +33,6 @@ def explain(error: Exception) -> str | None:
         return f'out of memory: {first}; a smaller train_dataloader.batch_size takes less'
     if re.match(r'DataLoader worker .*(killed|exited)', first):
         return f'{first}; a worker that takes too much memory is killed: fewer train_dataloader.num_workers take less'
-    if isinstance(error, RuntimeError) and PEERS.search(first):
+    if lost_another(error):
         return f'another process ended, or did not answer in env_cfg.dist_cfg.timeout: {first}'
     return None

@@ -129,18 +129,18 @@ class StopIfNotFinite(Hook):
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         self.batch, self.states, self.stepped = data_batch, random_states(), False
+        self.loss, self.arrival = 0.0, None
 
     def after_train_iter(self, runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """The step may have been skipped, by loss scaling or to accumulate gradients."""
         self._check_loss()
-        self.batch = None
         if self.stepped:
             self.skipped = 0
         elif self.scaled and runner.optim_wrapper.should_update():
             self.skipped += 1
         if self.skipped == SKIPPED:
-            self.batch = data_batch
             self._stop(f'no gradient was finite in {SKIPPED} iterations, however the loss was scaled')
+        self.batch = None
 
     @property
     def scaled(self) -> bool:
@@ -157,7 +157,7 @@ class StopIfNotFinite(Hook):
         if self.arrival:
             self.arrival.synchronize()
         if not math.isfinite(self.loss):
-            self._stop(f'the loss is {self.loss.item()}', everywhere)
+            self._stop(f'the loss is {float(self.loss)}', everywhere)
 
     def _check_step(self) -> None:
         self.stepped = True

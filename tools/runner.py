@@ -3,6 +3,7 @@
 import os
 import random
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -21,7 +22,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from openmmlab import fit_and_tell
 from tools.cli import UserError
-from tools.failures import explain
+from tools.failures import explain, lost_another
 from tools.finite import StopIfNotFinite
 from tools.saving import WholeFileBackend, latest_checkpoint
 from vision_rwkv.checkpoints import CheckpointError, not_finite
@@ -176,6 +177,8 @@ class Runner(mm.Runner):
             if not what:
                 self.logger.error(f'{self.where}: {type(error).__name__}')
                 raise
+            if lost_another(error):
+                time.sleep(10)  # the other one says why; the launcher then ends this one
             last = latest_checkpoint(self.work_dir) or 'none'
             raise UserError(f'{self.where}: {what}; last whole checkpoint: {last}') from error
 

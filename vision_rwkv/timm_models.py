@@ -15,7 +15,7 @@ from vision_rwkv.backbones import VRWKV, VRWKV6
 from vision_rwkv.backbones._checks import check_choice, check_int, check_range
 from vision_rwkv.backbones.blocks import Carry
 from vision_rwkv.backbones.initial import init_linear
-from vision_rwkv.checkpoints import download, fit, read, to_our_names
+from vision_rwkv.checkpoints import check_finite, download, fit, read, to_our_names
 
 POOLS = ('avg', 'max', 'avgmax', '')
 FIRST_CONV = 'backbone.patch_embed.projection'
@@ -207,7 +207,9 @@ def fit_pretrained(contents: Mapping[str, Any], model: VisionRWKV) -> dict[str, 
     if first in tensors and tensors[first].shape[1] != channels:
         tensors[first] = adapt_input_conv(channels, tensors[first])
     source_classes = model.pretrained_cfg['num_classes']  # type: ignore[index]  # timm sets it
-    return fit(tensors, model, start=model.num_classes != source_classes).tensors
+    fitted = fit(tensors, model, start=model.num_classes != source_classes).tensors
+    check_finite(fitted)
+    return fitted
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:

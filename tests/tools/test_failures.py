@@ -44,8 +44,10 @@ class Trouble(Hook):
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def nan(self, runner):
-        weight = next(runner.model.module.head.parameters())
-        weight.data[0, 0] = float('nan')
+        runner.model.module.head.fc.weight.data[0, 0] = float('nan')
+
+    def gradient(self, runner):
+        runner.model.module.head.fc.weight.register_hook(lambda gradient: gradient * float('nan'))
 """
 
 
@@ -111,14 +113,22 @@ def test_a_fault_of_the_code_keeps_its_stack(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_numbers_that_go_wrong_in_one_process(tiny, tmp_path):
-    errors, _ = train(tiny, tmp_path, 'nan')
-    (line,) = (line for line in errors if 'first not finite' in line)
-    assert line == (
-        'train.py: error: process 0, epoch 2, iteration 6: the loss is nan in process 1; '
-        'first not finite: the weights before this iteration: head.fc.weight; '
-        f'last whole checkpoint: {tmp_path}/epoch_1.pth'
-    )
+@pytest.mark.parametrize(
+    ('kind', 'said'),
+    [
+        ('nan', r'the loss is nan in process 1; first not finite: the weights before this iteration: head\.fc\.weight'),
+        (
+            'gradient',
+            r'the norm of the gradient is nan in process 1; .*: the gradient of head\.fc\.weight \(.* 1 of \d+ .*\)',
+        ),
+    ],
+)
+def test_numbers_that_go_wrong_in_one_process(kind, said, tiny, tmp_path):
+    """The first process speaks, of the batch of the second."""
+    errors, _ = train(tiny, tmp_path, kind)
+    (line,) = (line for line in errors if 'process 0' in line)
+    whole = f'last whole checkpoint: {tmp_path}/epoch_1.pth'
+    assert re.fullmatch(rf'train\.py: error: process 0, epoch 2, iteration 6: {said}; {whole}', line), line
 
 
 @pytest.mark.parametrize('workers', [pytest.param(0, marks=pytest.mark.slow), 2])

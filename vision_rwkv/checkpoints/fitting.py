@@ -111,7 +111,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raises CheckpointError, naming everything, unless all numbers are finite: bytes in the wrong order seldom are."""
     spoilt = [f'{name} ({count} of {tensors[name].numel()})' for name, count in not_finite(tensors).items()]
     if spoilt:
@@ -134,7 +134,7 @@ def fit(contents: Mapping[str, Any], model: nn.Module, start: bool = False) -> F
             layers with another number of classes, and an adapter may be left over or new. The backbone never is.
 
     Raises:
-        CheckpointError: naming every tensor that is missing, unexpected, of the wrong shape or not finite.
+        CheckpointError: naming every tensor that is missing, unexpected or of the wrong shape.
     """
     wanted: dict[str, Tensor] = model.state_dict()
     bare = 'patch_embed.projection.weight' in wanted  # the model is the backbone itself
@@ -149,7 +149,6 @@ def fit(contents: Mapping[str, Any], model: nn.Module, start: bool = False) -> F
     loaded = {name: tensors[name] for name in wanted if name in tensors and name not in may_be_new}
     if not loaded:
         raise CheckpointError('it does not fit the model: they have no tensor in common')
-    _check_finite(loaded)
     new = [name for name in wanted if name not in loaded]
     left_over = [name for name in tensors if name not in loaded]
     if bare:
@@ -163,5 +162,6 @@ def load(model: nn.Module, source: str | Path, start: bool = False) -> Fitted:
     contents = read(source)
     with about(source):
         fitted = fit(contents, model, start)
+        check_finite(fitted.tensors)
     model.load_state_dict(fitted.tensors, strict=False)
     return fitted
