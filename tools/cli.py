@@ -1,4 +1,4 @@
-"""What train.py and test.py share: arguments, configs, and errors a person can act on in one line."""
+"""What the scripts that take a config share: arguments, configs, and errors a person can act on in one line."""
 
 import argparse
 import os
@@ -16,17 +16,12 @@ class UserError(Exception):
     """Something the caller can mend: reported as one line, without a stack."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Options shared by both scripts.
+class ConfigParser(argparse.ArgumentParser):
+    """A config and changes of it; what is wrong on the command line becomes a UserError."""
 
-    obsolete: flags of the scripts published for MMClassification 0.x, MMDetection 2.x and MMSegmentation 0.x, and what
-    to do instead.
-    """
-
-    def __init__(self, description: str, obsolete: dict[str, str]):
+    def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
         self.add_argument('config', help='config file')
-        self.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/CONFIG_NAME)')
         self.add_argument(
             '--cfg-options',
             nargs='+',
@@ -35,10 +30,6 @@ class Parser(argparse.ArgumentParser):
             metavar='KEY=VALUE',
             help='override settings of the config, such as train_cfg.max_epochs=10',
         )
-        self.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
-        self.add_argument('--local-rank', '--local_rank', type=int, help=argparse.SUPPRESS)
-        for flag, instead in obsolete.items():
-            self.add_argument(flag, nargs='*', action=_Obsolete, const=instead, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> None:
         raise UserError(message)
@@ -48,6 +39,22 @@ class Parser(argparse.ArgumentParser):
             return super().parse_args(*args, **kwargs)
         except ValueError as error:  # from DictAction
             raise UserError(f'--cfg-options expects KEY=VALUE: {error}') from error
+
+
+class Parser(ConfigParser):
+    """Options shared by train.py and test.py.
+
+    obsolete: flags of the scripts published for MMClassification 0.x, MMDetection 2.x and MMSegmentation 0.x, and what
+    to do instead.
+    """
+
+    def __init__(self, description: str, obsolete: dict[str, str]):
+        super().__init__(description)
+        self.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/CONFIG_NAME)')
+        self.add_argument('--launcher', choices=['none', 'pytorch', 'slurm'], default='none')
+        self.add_argument('--local-rank', '--local_rank', type=int, help=argparse.SUPPRESS)
+        for flag, instead in obsolete.items():
+            self.add_argument(flag, nargs='*', action=_Obsolete, const=instead, help=argparse.SUPPRESS)
 
 
 class _Obsolete(argparse.Action):
@@ -67,8 +74,8 @@ def run(main) -> None:
         sys.exit(2)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """The config with --cfg-options merged, work_dir and launcher set. Raises UserError if it cannot be read."""
+def read_config(args: argparse.Namespace) -> Config:
+    """The config with --cfg-options merged. Raises UserError if it cannot be read."""
     if not Path(args.config).is_file():
         raise UserError(f'config not found: {args.config} (from {os.getcwd()})')
     try:
@@ -81,6 +88,12 @@ def load_config(args: argparse.Namespace) -> Config:
     except FileNotFoundError as error:
         raise UserError(f'{args.config}: {error}') from error
     cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """As `read_config`, with work_dir and launcher set."""
+    cfg = read_config(args)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{Path(args.config).stem}'
     return cfg

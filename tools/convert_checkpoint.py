@@ -1,7 +1,6 @@
 """Write the model of any checkpoint, and nothing else, as a clean file: our tensor names, no metadata to unpickle."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ if __name__ == '__main__':
 
 import torch  # noqa: E402
 
+from tools.files import whole_file  # noqa: E402
 from vision_rwkv.checkpoints import CheckpointError, read, to_our_names  # noqa: E402
 
 SUFFIXES = ('.pth', '.safetensors')
@@ -18,18 +18,13 @@ SUFFIXES = ('.pth', '.safetensors')
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write ``tensors`` whole or not at all, as {'state_dict': tensors} or, by the suffix, as safetensors."""
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.stem}.partial{path.suffix}')
-    try:
+    with whole_file(path) as partial:
         if path.suffix == '.safetensors':
             from safetensors.torch import save_file
 
             save_file(tensors, partial, metadata={'format': 'pt'})
         else:
             torch.save({'state_dict': tensors}, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main() -> None:
