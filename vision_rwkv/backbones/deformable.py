@@ -75,7 +75,7 @@ def attend(attention: Any, query: Tensor, value: Tensor, identity: Tensor, where
 
 
 def _attend_by_grid_sample(attention: Any, query: Tensor, value: Tensor, where: Sampling) -> Tensor:
-    """What mmcv's ``attention`` adds to the identity, of operators that can be exported, for sizes known at run time."""
+    """What mmcv's ``attention`` adds to the identity, of operators that can be exported, for any size."""
     heads, levels, points = attention.num_heads, attention.num_levels, attention.num_points
     batch, queries, _ = query.shape
     offsets = attention.sampling_offsets(query).view(batch, queries, heads, levels, points, 2)

@@ -12,7 +12,7 @@ from vision_rwkv.backbones.adapter import STRIDES, Adapter
 from vision_rwkv.export.lowering import POINTWISE
 
 MOST_IMAGES = 2**20  # in a batch: no limit in practice
-WKV = (torch.ops.vision_rwkv.bi_wkv.default, torch.ops.vision_rwkv.wkv6.default)
+BI_WKV, WKV6 = torch.ops.vision_rwkv.bi_wkv.default, torch.ops.vision_rwkv.wkv6.default
 
 Function = Callable[[Tensor], Tensor]
 
@@ -63,13 +63,14 @@ def write_torch_export(program: ExportedProgram, path: Path) -> None:
 def write_aot_inductor(program: ExportedProgram, path: Path) -> None:
     """A package, compiled for the device of the model, for torch._inductor.aoti_load_package.
 
-    As `write_torch_export`. Raises ExportError where there is no C++ compiler.
+    It calls bi_wkv and wkv6 of vision_rwkv.ops, which whoever loads it imports; what is around them is compiled.
+    Raises ExportError where there is no C++ compiler.
     """
     from torch._inductor import aoti_compile_and_package, exc
 
     try:
         with torch.no_grad():
-            aoti_compile_and_package(program, package_path=str(path))
+            aoti_compile_and_package(program.run_decompositions(POINTWISE), package_path=str(path))
     except exc.InvalidCxxCompiler as error:
         raise ExportError(f'AOTInductor needs a C++ compiler, and none was found: {error}') from error
 
@@ -78,7 +79,7 @@ def _most_tokens(program: ExportedProgram) -> int:
     """The most tokens that a WKV operator of the program can meet."""
     most = 1
     for node in program.graph.nodes:
-        if node.target in WKV:
+        if node.target in (BI_WKV, WKV6):
             size = node.meta['val'].shape[1]
             if isinstance(size, torch.SymInt):
                 size = int(size.node.shape_env.bound_sympy(size.node.expr).upper)
@@ -98,8 +99,10 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     except ImportError as error:
         raise ExportError(f"ONNX needs pip install 'vision-rwkv[export]', {error.name} is not here") from error
     most = _most_tokens(program)
-    functions = (wkv.bi_wkv, wkv.wkv6)
-    table = {op: _with_most(function, most) for op, function in zip(WKV, functions, strict=True)}
+    table: dict[Any, Callable] = {
+        BI_WKV: lambda w, u, k, v: wkv.bi_wkv(w, u, k, v, most),
+        WKV6: lambda r, k, v, w, u: wkv.wkv6(r, k, v, w, u, most),
+    }
     with torch.no_grad():
         lowered = program.run_decompositions(POINTWISE)
         made = torch.onnx.export(
@@ -110,14 +113,8 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
             output_names=['scores'],
             custom_translation_table=table,
         )
+    assert made is not None  # as with dynamo=True
     made.save(path, external_data=False)
-
-
-def _with_most(function: Callable, most: int) -> Callable:
-    def translated(*inputs: Any) -> Any:
-        return function(*inputs, most)
-
-    return translated
 
 
 def load_torch_export(path: Path) -> Function:

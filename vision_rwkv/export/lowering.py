@@ -1,4 +1,4 @@
-"""Each operator of vision_rwkv.ops in standard operators, and what else runtimes do without: the table for an export."""
+"""Operators of vision_rwkv.ops in standard ones, and what else runtimes do without: the table for an export."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -72,7 +72,7 @@ def _norm_gate(y, gate, weight, bias, heads, eps, dtype):
     return ((unit * weight + bias) * F.silu(gate)).to(dtype)
 
 
-def _averages(size: int | torch.SymInt, parts: int, like: Tensor) -> Tensor:
+def _averages(size: int, parts: int, like: Tensor) -> Tensor:
     """(parts, size): what adaptive pooling of ``size`` values to ``parts`` averages."""
     part, place = torch.arange(parts, device=like.device)[:, None], torch.arange(size, device=like.device)
     start, end = part * size // parts, -(-(part + 1) * size // parts)

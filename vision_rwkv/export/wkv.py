@@ -100,7 +100,7 @@ def _apart(x: Value, axis: int) -> tuple[Value, Value]:
     return forward, _flip(backward, axis)
 
 
-# Bi-WKV ----------------------------------------------------------------------------------------------------------------
+# Bi-WKV --------------------------------------------------------------------------------------------------------------
 
 
 def _sum(key: Value, value: Value, weight: Value | None, axis: int) -> Sum:
@@ -178,7 +178,7 @@ def bi_wkv(w: Value, u: Value, k: Value, v: Value, most: int) -> Value:
     return count.checked(count.join(op.Div(a, b), 1, (dim,)))
 
 
-# WKV6: log decays are at most 0 and vary over the tokens; a state is N x N ---------------------------------------------
+# WKV6: log decays are at most 0 and vary over the tokens; a state is N x N --------------------------------------------
 
 
 def _pairs_between(size: int) -> Value:
@@ -198,7 +198,7 @@ def _exp_sum(rows: np.ndarray, w: Value) -> Value:
     return op.Exp(op.MatMul(_floats(rows), w))
 
 
-def _states(w: Value, made: Value, count: Tokens, heads: int, dim: int, levels: int) -> Value:
+def _states(w: Value, made: Value, count: Tokens, dim: int, levels: int) -> Value:
     """The state before each chunk: w (B, H, n, N) log decay over a chunk, made (B, H, n, N, N) its own contribution."""
     w, made = count.cut(w, 2, GROUP, (dim,)), count.cut(made, 2, GROUP, (dim, dim))
     between = op.Reshape(op.MatMul(_pairs_between(GROUP), w), _ints(0, 0, -1, GROUP, GROUP, dim))
@@ -210,7 +210,7 @@ def _states(w: Value, made: Value, count: Tokens, heads: int, dim: int, levels: 
         to_end = op.Unsqueeze(_exp_sum(_earlier(GROUP).T, w), _ints(5))
         whole = op.ReduceSum(op.Mul(to_end, made), _ints(3), keepdims=0)
         total = op.ReduceSum(w, _ints(3), keepdims=0)
-        before = _states(total, whole, count.chunks(GROUP), heads, dim, levels - 1)
+        before = _states(total, whole, count.chunks(GROUP), dim, levels - 1)
         from_start = op.Unsqueeze(_exp_sum(_earlier(GROUP), w), _ints(5))
         states = op.Add(states, op.Mul(from_start, op.Unsqueeze(before, _ints(3))))
     return count.join(states, 2, (dim, dim))
@@ -231,9 +231,7 @@ def wkv6(r: Value, k: Value, v: Value, w: Value, u: Value, most: int) -> Value:
     to_start, to_end = _exp_sum(_earlier(CHUNK), w), _exp_sum(_earlier(CHUNK).T, w)
     made = [op.MatMul(op.Transpose(op.Mul(k, decay), perm=(0, 1, 2, 4, 3)), v) for decay in (to_end, to_start)]
     whole = op.ReduceSum(w, _ints(3), keepdims=0)
-    states = _states(
-        _both_ways(whole, whole, 2), _both_ways(made[0], made[1], 2), chunks, heads, dim, _levels(chunks)
-    )
+    states = _states(_both_ways(whole, whole, 2), _both_ways(made[0], made[1], 2), chunks, dim, _levels(chunks))
     for state, decay in zip(_apart(states, 2), (to_start, to_end), strict=True):
         y = op.Add(y, op.MatMul(op.Mul(r, decay), state))
     return count.checked(op.Transpose(count.join(y, 2, (dim,)), perm=(0, 2, 1, 3)))
