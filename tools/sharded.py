@@ -2,19 +2,20 @@
 
 import torch
 from mmengine import runner as mm
-from mmengine._strategy import deepspeed
+from mmengine._strategy import deepspeed, fsdp
 from mmengine.device import get_device
 from mmengine.dist import all_reduce
 from mmengine.fileio import register_backend
 from mmengine.optim import OptimWrapper
-from mmengine.registry import FUNCTIONS, OPTIM_WRAPPERS
+from mmengine.registry import FUNCTIONS, OPTIM_WRAPPERS, STRATEGIES
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tools.cli import UserError
 from tools.runner import Runner, SeedEpochs, WholeFileBackend
 from vision_rwkv.backbones.blocks import Block
 
-STRATEGIES = ('FSDPStrategy', 'DeepSpeedStrategy')
+KINDS = ('FSDPStrategy', 'DeepSpeedStrategy')
 # One file, gathered by the first process. FSDP frees what it gathered once it is "offloaded to the CPU", though it is
 # there already, and reads freed memory: so on a CPU, unlike on GPUs, nothing is offloaded.
 WHOLE_ON_CPU = {
@@ -45,6 +46,23 @@ class ShardedOptimWrapper(OptimWrapper):
         self.message_hub.update_scalar('train/grad_norm', float(norm))
 
 
+@STRATEGIES.register_module(force=True)
+class FSDPStrategy(fsdp.FSDPStrategy):
+    """MMEngine's, with PyTorch's present order of arguments, and for processes on a CPU too."""
+
+    def __init__(self, *, model_wrapper: dict | None = None, state_dict_cfg: str | dict = 'full', **kwargs):
+        if get_device() == 'cpu':
+            model_wrapper = {**(model_wrapper or {}), 'device_id': torch.device('cpu')}
+            state_dict_cfg = WHOLE_ON_CPU if state_dict_cfg == 'full' else state_dict_cfg
+        super().__init__(model_wrapper=model_wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        """From what `optim_state_dict` returned."""
+        optimizer = self.optim_wrapper.optimizer
+        mine = FullyShardedDataParallel.optim_state_dict_to_load(self.model, optimizer, state_dict)
+        self.optim_wrapper.load_state_dict(mine)
+
+
 class ShardedRunner(mm.FlexibleRunner):
     """With gloo processes on a CPU, repeatable epochs and files written whole; the rest is MMEngine's."""
 
@@ -55,11 +73,18 @@ class ShardedRunner(mm.FlexibleRunner):
         super().__init__(*args, **kwargs)
         self.register_hook(SeedEpochs())
 
+    def resume(self, *args, **kwargs) -> None:
+        """As MMEngine's, whose checkpoints say one epoch too many where the score was a new best."""
+        super().resume(*args, **kwargs)
+        loop = self.train_loop
+        if isinstance(loop, mm.EpochBasedTrainLoop):
+            loop._epoch = loop._iter // len(loop.dataloader)
+
     def build_strategy(self, strategy=None, launcher='none', **kwargs):
         """As MMEngine's. Raises UserError for a strategy that cannot run here."""
         kind = strategy['type']
-        if kind not in STRATEGIES:
-            raise UserError(f'strategy.type must be {" or ".join(STRATEGIES)}, got {kind}')
+        if kind not in KINDS:
+            raise UserError(f'strategy.type must be {" or ".join(KINDS)}, got {kind}')
         if launcher == 'none':
             raise UserError(f'{kind} spreads a model over processes: use tools/dist_train.sh CONFIG GPUS')
         if kind == 'DeepSpeedStrategy':
@@ -69,8 +94,4 @@ class ShardedRunner(mm.FlexibleRunner):
             deepspeed.register_deepspeed_optimizers = lambda: []
         if get_device() == 'cpu':
             torch.distributed.init_process_group('gloo')
-            if kind == 'FSDPStrategy':
-                strategy.setdefault('model_wrapper', {})['device_id'] = torch.device('cpu')
-                if strategy.get('state_dict_cfg') == 'full':
-                    strategy['state_dict_cfg'] = WHOLE_ON_CPU
         return super().build_strategy(strategy, launcher, **kwargs)

@@ -87,7 +87,7 @@ def main():
     if not cfg.get('train_dataloader'):
         raise UserError(f'{args.config} has no train_dataloader: nothing to train')
     apply_args(cfg, args)
-    if cfg.get('load_from'):
+    if cfg.get('load_from') and not (cfg.get('strategy') and Path(cfg.load_from).is_dir()):  # DeepSpeed's are folders
         check_file(cfg.load_from, 'checkpoint')
     check_data(cfg.train_dataloader, cfg.get('val_dataloader'))
     check_amp(cfg)

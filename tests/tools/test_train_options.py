@@ -101,37 +101,51 @@ def test_averaged_weights(tiny, tmp_path):
     assert torch.equal(saved['ema_state_dict']['module.head.fc.bias'], watch.seen[-1])
 
 
-def sharded(name: str, tiny, **changes) -> dict:
-    """Losses of a run of two processes with the strategy of a config on the tiny data set."""
-    text = (ROOT / f'configs/classification/sharded/vrwkv_base_{name}_16xb64_in1k.py').read_text()
-    text = text.replace("'../vrwkv/vrwkv_base_16xb64_in1k.py'", f"'{tiny}/plain.py'")
+@pytest.fixture(scope='module')
+def plain(tiny):
+    """A config for two processes, and the losses of its run without a strategy."""
     (tiny / 'plain.py').write_text(
-        f"_base_ = ['{DIGITS}']\nmodel = dict(backbone=dict(depth=2))\ntrain_cfg = dict(max_epochs=2)\n"
+        f"_base_ = ['{DIGITS}']\nmodel = dict(backbone=dict(depth=2))\ntrain_cfg = dict(max_epochs=3)\n"
         'train_dataloader = dict(batch_size=8, num_workers=0)\ndefault_hooks = dict(logger=dict(interval=1))\n'
         'optim_wrapper = dict(clip_grad=dict(max_norm=0.05))\n'  # small enough to clip
     )
-    (tiny / f'{name}.py').write_text(text)
-    return losses(f'{name}.py', tiny, **changes)
+    return losses('plain', tiny)
 
 
-def losses(config: str, tiny) -> list[float]:
-    command = (ROOT / 'tools/dist_train.sh', config, 2, '--work-dir', tiny / config[:-3])
+def losses(name: str, tiny, *options) -> list[float]:
+    """Of all iterations so far."""
+    command = (ROOT / 'tools/dist_train.sh', f'{name}.py', 2, '--work-dir', tiny / name, *options)
     call(*command, cwd=tiny, OMP_NUM_THREADS=1)
-    (log,) = (tiny / config[:-3]).glob('*/vis_data/scalars.json')
-    return [entry['loss'] for entry in map(json.loads, log.read_text().splitlines()) if 'loss' in entry]
+    logs = sorted((tiny / name).glob('*/vis_data/scalars.json'))
+    entries = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    return [entry['loss'] for entry in entries if 'loss' in entry]
+
+
+def interrupted(name: str, tiny, changes: str = '') -> list[float]:
+    """Losses with the strategy of a config of the repository, the third epoch in a second run."""
+    text = (ROOT / f'configs/classification/sharded/vrwkv_base_{name}_16xb64_in1k.py').read_text()
+    text = text.replace("'../vrwkv/vrwkv_base_16xb64_in1k.py'", "'plain.py'")
+    (tiny / f'{name}.py').write_text(text + changes)
+    losses(name, tiny, '--cfg-options', 'train_cfg.max_epochs=2')
+    return losses(name, tiny, '--resume')
 
 
 @pytest.mark.slow
-def test_fsdp_trains_as_one_model_does(tiny):
-    spread = sharded('fsdp', tiny)
-    whole = losses('plain.py', tiny)
-    assert len(whole) == 10
-    assert spread == pytest.approx(whole, rel=1e-4)
-    said = call(ROOT / 'tools/dist_test.sh', 'plain.py', 'fsdp/epoch_2.pth', 1, cwd=tiny)
+def test_fsdp_trains_as_one_model_does(plain, tiny):
+    assert len(plain) == 15
+    assert interrupted('fsdp', tiny) == pytest.approx(plain, rel=1e-4)
+    said = call(ROOT / 'tools/dist_test.sh', 'plain.py', 'fsdp/epoch_3.pth', 1, cwd=tiny)
     assert 'accuracy/top1: ' in said.output  # its checkpoint is that of any run
-    a, b = (torch.load(tiny / run / 'epoch_2.pth', weights_only=False)['state_dict'] for run in ('fsdp', 'plain'))
+    a, b = (torch.load(tiny / run / 'epoch_3.pth', weights_only=False)['state_dict'] for run in ('fsdp', 'plain'))
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[key].float(), b[key].float(), atol=1e-3) for key in a)
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_as_one_model_does(plain, tiny):
+    pytest.importorskip('deepspeed', reason='DeepSpeed is not installed')
+    changes = '\nstrategy.update(gradient_clipping=0.05)\n'
+    assert interrupted('deepspeed', tiny, changes) == pytest.approx(plain, rel=5e-3)  # in bfloat16
 
 
 @pytest.mark.parametrize(
