@@ -31,7 +31,7 @@ def sampling(queries: Sequence[Size], values: Sequence[Size], device: torch.devi
     for h, w in queries:
         y = (torch.arange(h, device=device, dtype=torch.float32) + 0.5) / h
         x = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) / w
-        points.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], -1))
+        points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
     reference = torch.cat(points)[None, :, None]
     if torch.compiler.is_exporting():
         return Sampling(reference, values, None, None)
