@@ -1,5 +1,6 @@
 """What docs/train.md says of options: mixed precision, logs, accumulated gradients, averaged weights, strategies."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -55,7 +56,8 @@ def test_mixed_precision(monkeypatch):
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr('importlib.util.find_spec', lambda name, *rest: None if name == 'wandb' else found(name, *rest))
     with pytest.raises(train.UserError, match='--log wandb: it is not installed: pip install wandb'):
         applied(monkeypatch, DIGITS, '--log', 'wandb')
 
@@ -76,12 +78,10 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(tiny, tmp_path):
 
 
 class Watch(Hook):
-    """Keeps a bias after every step; before the average is taken."""
+    """Keeps a bias after every step, before the average is taken; in the class, as runners copy their hooks."""
 
     priority = 'HIGHEST'
-
-    def before_train(self, runner) -> None:
-        self.seen = [runner.model.head.fc.bias.detach().clone()]
+    seen: list[torch.Tensor] = []
 
     def after_train_iter(self, runner, *_, **__) -> None:
         self.seen.append(runner.model.head.fc.bias.detach().clone())
@@ -91,14 +91,14 @@ def test_averaged_weights(tiny, tmp_path):
     (snippet,) = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
     (tmp_path / 'my_ema.py').write_text(snippet.replace("'configs", f"'{ROOT}/configs"))
     (hook,) = Config.fromfile(tmp_path / 'my_ema.py').custom_hooks
-    watch = Watch()
-    saved = fit(tmp_path / 'run', tiny, 16, custom_hooks=[hook, watch])
-    expected = watch.seen[1]  # the average starts after the first step
-    for bias in watch.seen[2:]:
+    Watch.seen.clear()
+    saved = fit(tmp_path / 'run', tiny, 16, custom_hooks=[hook, Watch()])
+    expected = Watch.seen[0]  # the average starts with what the first step made
+    for bias in Watch.seen[1:]:
         expected = (1 - hook.momentum) * expected + hook.momentum * bias
-    assert len(watch.seen) == 6
+    assert len(Watch.seen) == 5
     assert torch.allclose(saved['state_dict']['head.fc.bias'], expected, atol=1e-7)
-    assert torch.equal(saved['ema_state_dict']['module.head.fc.bias'], watch.seen[-1])
+    assert torch.equal(saved['ema_state_dict']['module.head.fc.bias'], Watch.seen[-1])
 
 
 @pytest.fixture(scope='module')
