@@ -39,11 +39,12 @@ class Exported(nn.Module):
         channels = torch.zeros(3, 1, 1)
         self.register_buffer('mean', getattr(preprocessor, 'mean', channels).clone(), persistent=False)
         self.register_buffer('std', getattr(preprocessor, 'std', channels + 1).clone(), persistent=False)
+        self.takes_rgb = getattr(preprocessor, '_channel_conversion', True)  # from OpenMMLab's order, blue first
         self.segments = hasattr(model, 'decode_head')
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), RGB from 0 to 255 -> scores (B, classes), or (B, classes, H, W) of segmentation."""
-        x = (images - self.mean) / self.std
+        x = ((images if self.takes_rgb else images.flip(1)) - self.mean) / self.std
         if not self.segments:
             return self.model(x, mode='tensor')
         scores = self.model.decode_head(self.model.extract_feat(x))

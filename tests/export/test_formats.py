@@ -86,6 +86,13 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
         formats.load_onnx(tmp_path / 'a.onnx')
 
 
+def test_onnx_of_a_model_that_is_too_large(monkeypatch, tmp_path):
+    monkeypatch.setattr(formats, 'ONNX_LIMIT', 1000)
+    with pytest.raises(ExportError, match=r'holds 1000 bytes at most, and the weights have \d{5}'):
+        formats.write_onnx(to_program(make('vrwkv'), 64, 64), tmp_path / 'a.onnx')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize('name', ['torch-export', 'aot-inductor'])
 def test_on_a_gpu(name, exported):

@@ -58,9 +58,10 @@ def test_a_file_beside_its_checkpoint(small, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['small.onnx', 'small.pth']
 
 
-def test_pixels_to_scores_are_those_of_the_toolbox(small):
+@pytest.mark.parametrize('to_rgb', [True, False])
+def test_pixels_to_scores_are_those_of_the_toolbox(small, to_rgb):
     cfg = Config.fromfile(DIGITS)
-    cfg.merge_from_dict({'model.backbone.depth': 1})
+    cfg.merge_from_dict({'model.backbone.depth': 1, 'data_preprocessor.to_rgb': to_rgb})
     model = export.build(cfg, str(small)).eval()
     images = torch.randint(0, 256, (2, 3, 32, 32)).float()
     with torch.no_grad():

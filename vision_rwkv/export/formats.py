@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from vision_rwkv.backbones.adapter import STRIDES, Adapter
 from vision_rwkv.export.lowering import POINTWISE
 
+ONNX_LIMIT = 2_000_000_000  # of weights: protobuf ends at 2 GiB
 MOST_IMAGES = 2**20  # in a batch: no limit in practice
 BI_WKV, WKV6 = torch.ops.vision_rwkv.bi_wkv.default, torch.ops.vision_rwkv.wkv6.default
 
@@ -90,7 +91,7 @@ def _most_tokens(program: ExportedProgram) -> int:
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """An ONNX file of standard operators, with input ``images`` and output ``scores``.
 
-    Raises ExportError where onnx or onnxscript is missing, or for a model of 2 GiB and more.
+    Raises ExportError where onnx or onnxscript is missing, or for a model of ONNX_LIMIT bytes.
     """
     try:
         import onnx  # noqa: F401
@@ -98,6 +99,9 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
         from vision_rwkv.export import wkv
     except ImportError as error:
         raise ExportError(f"ONNX needs pip install 'vision-rwkv[export]', {error.name} is not here") from error
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if size > ONNX_LIMIT:
+        raise ExportError(f'an ONNX file holds {ONNX_LIMIT} bytes at most, and the weights have {size}')
     most = _most_tokens(program)
     table: dict[Any, Callable] = {
         BI_WKV: lambda w, u, k, v: wkv.bi_wkv(w, u, k, v, most),
@@ -124,7 +128,9 @@ def load_torch_export(path: Path) -> Function:
 
 def load_aot_inductor(path: Path) -> Function:
     """The package as a function of images."""
-    return torch._inductor.aoti_load_package(str(path))
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
 
 
 def load_onnx(path: Path) -> Function:
