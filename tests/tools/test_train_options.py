@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 from scripts import ROOT, call
 
 from tools import train
@@ -77,8 +78,9 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(tiny, tmp_path):
     assert (apart['head.fc.weight'] - whole['head.fc.weight']).abs().max() > 1e-3
 
 
+@HOOKS.register_module()
 class Watch(Hook):
-    """Keeps a bias after every step, before the average is taken; in the class, as runners copy their hooks."""
+    """Keeps a bias after every step, before the average is taken; in the class, as a runner makes its hooks."""
 
     priority = 'HIGHEST'
     seen: list[torch.Tensor] = []
@@ -92,7 +94,7 @@ def test_averaged_weights(tiny, tmp_path):
     (tmp_path / 'my_ema.py').write_text(snippet.replace("'configs", f"'{ROOT}/configs"))
     (hook,) = Config.fromfile(tmp_path / 'my_ema.py').custom_hooks
     Watch.seen.clear()
-    saved = fit(tmp_path / 'run', tiny, 16, custom_hooks=[hook, Watch()])
+    saved = fit(tmp_path / 'run', tiny, 16, custom_hooks=[hook, {'type': 'Watch'}])
     expected = Watch.seen[0]  # the average starts with what the first step made
     for bias in Watch.seen[1:]:
         expected = (1 - hook.momentum) * expected + hook.momentum * bias
