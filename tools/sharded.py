@@ -62,6 +62,10 @@ class FSDPStrategy(fsdp.FSDPStrategy):
         mine = FullyShardedDataParallel.optim_state_dict_to_load(self.model, optimizer, state_dict)
         self.optim_wrapper.load_state_dict(mine)
 
+    def save_checkpoint(self, filename: str, *, save_optimizer: bool = True, **kwargs) -> None:
+        """As MMEngine's, but on a CPU without the optimiser: there PyTorch gathers both its moments in one buffer."""
+        super().save_checkpoint(filename, save_optimizer=save_optimizer and get_device() != 'cpu', **kwargs)
+
 
 class ShardedRunner(mm.FlexibleRunner):
     """With gloo processes on a CPU, repeatable epochs and files written whole; the rest is MMEngine's."""
@@ -74,7 +78,9 @@ class ShardedRunner(mm.FlexibleRunner):
         self.register_hook(SeedEpochs())
 
     def resume(self, *args, **kwargs) -> None:
-        """As MMEngine's, whose checkpoints say one epoch too many where the score was a new best."""
+        """As MMEngine's, whose checkpoints say one epoch too many where the score was a new best. Raises UserError."""
+        if isinstance(self.strategy, FSDPStrategy) and get_device() == 'cpu':
+            raise UserError('--resume: FSDP on a CPU does not save the optimiser; it resumes on GPUs')
         super().resume(*args, **kwargs)
         loop = self.train_loop
         if isinstance(loop, mm.EpochBasedTrainLoop):
