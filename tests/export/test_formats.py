@@ -35,12 +35,13 @@ def test_torch_export_of_any_size(kind, exported):
         function(torch.zeros(1, 3, 264, 64))
 
 
+@pytest.mark.slow
 def test_aot_inductor_of_any_size(exported):
     model = make('vrwkv', **RELEASED)
     assert worst(model, exported(model, 'aot-inductor', (256, 192), any_size=True), SIZES) < CLOSE
 
 
-@pytest.mark.parametrize('any_size', [False, True])
+@pytest.mark.parametrize('any_size', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torch_export_of_the_adapter(exported, any_size):
     model = make('adapter')
     size = (128, 160) if any_size else (64, 96)
