@@ -39,7 +39,8 @@ class Exported(nn.Module):
         channels = torch.zeros(3, 1, 1)
         self.register_buffer('mean', getattr(preprocessor, 'mean', channels).clone(), persistent=False)
         self.register_buffer('std', getattr(preprocessor, 'std', channels + 1).clone(), persistent=False)
-        self.takes_rgb = getattr(preprocessor, '_channel_conversion', True)  # from OpenMMLab's order, blue first
+        # MMPretrain's name and MMSegmentation's for turning what OpenMMLab reads, blue first, into RGB.
+        self.takes_rgb = getattr(preprocessor, 'to_rgb', getattr(preprocessor, '_channel_conversion', True))
         self.segments = hasattr(model, 'decode_head')
 
     def forward(self, images: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ Sum = tuple[Value, Value, Value]  # logarithm of the largest term; numerator and
 
 
 def _constant(array: np.ndarray) -> Value:
-    return op.Constant(value=ir.tensor(array))
+    tensor: Any = ir.tensor(array)
+    return op.Constant(value=tensor)
 
 
 def _ints(*values: int) -> Value:
