@@ -268,8 +268,10 @@ def main() -> None:
     parser.add_argument(
         '--rows', nargs='+', choices=[*CUDA_ROWS, *SCALING, *CPU_ROWS], help='default: all of the device'
     )
-    parser.add_argument('--passes', nargs='+', choices=['infer', 'train'], default=['infer', 'train'])
-    parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES))
+    parser.add_argument(
+        '--passes', nargs='+', choices=['infer', 'train'], default=['infer', 'train'], help='on a GPU; default: both'
+    )
+    parser.add_argument('--modes', nargs='+', choices=MODES, default=list(MODES), help='on a GPU; default: all')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
     parser.add_argument('--seconds', type=float, help='time for each figure (default: 1 on a GPU, 20 on a CPU)')
     parser.add_argument('--profile', action='store_true', help='list the GPU kernels of our model under each line')

@@ -225,9 +225,8 @@ def main() -> None:
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: cpu')
     parser.add_argument('--threads', type=int, default=2, help='CPU threads (default: 2)')
     parser.add_argument('--seconds', type=float, default=3.0, help='time spent on each CPU row (default: 3)')
-    parser.add_argument(
-        '--dtypes', nargs='+', choices=['float32', 'bfloat16', 'float16'], default=['float32', 'bfloat16', 'float16']
-    )
+    dtypes = ['float32', 'bfloat16', 'float16']
+    parser.add_argument('--dtypes', nargs='+', choices=dtypes, default=dtypes, help='on a GPU; default: all')
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.device == 'cpu':

@@ -29,7 +29,9 @@ OBSOLETE = {
     '--diff-seed': 'use --cfg-options randomness.diff_rank_seed=True',
     '--options': 'use --cfg-options KEY=VALUE',
     '--autoscale-lr': 'use --auto-scale-lr',
+    '--tensorboard': 'use --log tensorboard',
 }
+LOGS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}
 
 
 def parse_args():
@@ -42,9 +44,15 @@ def parse_args():
         metavar='CHECKPOINT',
         help='continue from this checkpoint, or from the latest in the work dir (a fresh start if there is none)',
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision: float16 with dynamic loss scale')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='float16',
+        choices=['float16', 'bfloat16'],
+        help='mixed precision: float16 with dynamic loss scale, or bfloat16 without',
+    )
     parser.add_argument('--auto-scale-lr', action='store_true', help="scale the lr by this run's batch size")
-    parser.add_argument('--tensorboard', action='store_true', help='write TensorBoard logs too')
+    parser.add_argument('--log', nargs='+', choices=LOGS, default=[], help='write logs for these too')
     parser.add_argument('--seed', type=int, help="instead of the config's randomness.seed")
     return parser.parse_args()
 
@@ -54,16 +62,19 @@ def apply_args(cfg: Config, args) -> None:
     if args.seed is not None:
         cfg.merge_from_dict({'randomness.seed': args.seed})
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=args.amp)
+        if args.amp == 'bfloat16':
+            cfg.optim_wrapper.loss_scale = 1.0  # its range is that of float32
+        else:
+            cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if not (cfg.get('auto_scale_lr') or {}).get('base_batch_size'):
             raise UserError('--auto-scale-lr needs auto_scale_lr.base_batch_size in the config')
         cfg.auto_scale_lr.enable = True
-    if args.tensorboard:
-        if not importlib.util.find_spec('tensorboard'):
-            raise UserError('--tensorboard needs TensorBoard: pip install tensorboard')
-        cfg.visualizer.setdefault('vis_backends', []).append({'type': 'TensorboardVisBackend'})
+    for name in args.log:
+        if not importlib.util.find_spec(name):
+            raise UserError(f'--log {name}: it is not installed: pip install {name}')
+        cfg.visualizer.setdefault('vis_backends', []).append({'type': LOGS[name]})
     if args.resume:
         checkpoint = latest_checkpoint(cfg.work_dir) if args.resume == 'auto' else args.resume
         if checkpoint:
@@ -77,13 +88,16 @@ def main():
     if not cfg.get('train_dataloader'):
         raise UserError(f'{args.config} has no train_dataloader: nothing to train')
     apply_args(cfg, args)
-    if cfg.get('load_from'):
+    if cfg.get('load_from') and not (cfg.get('strategy') and Path(cfg.load_from).is_dir()):  # DeepSpeed's are folders
         check_file(cfg.load_from, 'checkpoint')
     check_data(cfg.train_dataloader, cfg.get('val_dataloader'))
     check_amp(cfg)
     if args.launcher == 'pytorch':  # do not outlive a killed launcher, and write beside the run that follows
         torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
-    Runner.from_cfg(cfg).train()
+    runner = Runner
+    if cfg.get('strategy'):
+        from tools.sharded import ShardedRunner as runner
+    runner.from_cfg(cfg).train()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -64,6 +64,14 @@ def trained(tiny) -> SimpleNamespace:
     """A run of two processes to its end, with TensorBoard: its work_dir and what it said."""
     work_dir = tiny / 'whole'
     said = call(
-        ROOT / 'tools/dist_train.sh', 'tiny.py', 2, '--work-dir', work_dir, '--tensorboard', cwd=tiny, OMP_NUM_THREADS=1
+        ROOT / 'tools/dist_train.sh',
+        'tiny.py',
+        2,
+        '--work-dir',
+        work_dir,
+        '--log',
+        'tensorboard',
+        cwd=tiny,
+        OMP_NUM_THREADS=1,
     )
     return SimpleNamespace(work_dir=work_dir, output=said.output)

@@ -1,5 +1,6 @@
 """Arguments, and one line for each error a person can act on."""
 
+import importlib.util
 import sys
 
 import pytest
@@ -117,19 +118,25 @@ def test_options_reach_the_config(monkeypatch, tmp_path):
         '--resume',
         '--amp',
         '--auto-scale-lr',
-        '--tensorboard',
+        '--log',
+        'tensorboard',
+        'wandb',
         '--seed',
         3,
     ]
     monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, argv), '--cfg-options', 'train_cfg.max_epochs=2'])
+    found = importlib.util.find_spec
+    monkeypatch.setattr('importlib.util.find_spec', lambda name, *rest: name == 'wandb' or found(name, *rest))
     args = train.parse_args()
     cfg = train.load_config(args)
     train.apply_args(cfg, args)
     assert cfg.work_dir == str(tmp_path / 'work')
     assert (cfg.resume, cfg.load_from) == (True, f'{tmp_path}/work/epoch_7.pth')
-    assert (cfg.optim_wrapper.type, cfg.optim_wrapper.loss_scale) == ('AmpOptimWrapper', 'dynamic')
+    wrapper = cfg.optim_wrapper
+    assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == ('AmpOptimWrapper', 'float16', 'dynamic')
     assert cfg.auto_scale_lr == {'base_batch_size': 64, 'enable': True}
-    assert [backend['type'] for backend in cfg.visualizer.vis_backends] == ['LocalVisBackend', 'TensorboardVisBackend']
+    backends = [backend['type'] for backend in cfg.visualizer.vis_backends]
+    assert backends == ['LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
     assert (cfg.randomness.seed, cfg.train_cfg.max_epochs) == (3, 2)
 
 

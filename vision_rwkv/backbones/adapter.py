@@ -6,7 +6,7 @@ injectors bring it to the tokens, extractors bring it back. Deformable attention
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from vision_rwkv.backbones._checks import check_choice, check_image, check_int, check_range
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.blocks import Carry, ceil_div
+from vision_rwkv.backbones.deformable import Sampling, Size, attend, make_attention, sampling
 from vision_rwkv.backbones.initial import init_linear
 from vision_rwkv.backbones.vrwkv import VRWKV
 from vision_rwkv.backbones.vrwkv6 import VRWKV6
@@ -24,8 +25,6 @@ from vision_rwkv.backbones.vrwkv6 import VRWKV6
 STRIDES = (4, 8, 16, 32)
 NORM_EPS = 1e-6
 TOKEN_MAPS = ('final', 'stages')
-
-Size = tuple[int, int]
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -41,62 +40,6 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         return nn.SyncBatchNorm.forward(self, x) if x.is_cuda else super().forward(x)  # type: ignore[arg-type]
-
-
-class Sampling(NamedTuple):
-    """Where deformable attention looks.
-
-    points: the reference point of each query in the unit square, (1, queries, 1, 2), x before y.
-    shapes, starts: heights and widths of the maps looked at, (levels, 2), and where each starts, (levels,), int64.
-    """
-
-    points: Tensor
-    shapes: Tensor
-    starts: Tensor
-
-
-def sampling(queries: Sequence[Size], values: Sequence[Size], device: torch.device) -> Sampling:
-    """How the tokens of the maps ``queries`` look at the maps ``values``: each from the place of its own centre."""
-    points = []
-    for h, w in queries:
-        y = (torch.arange(h, device=device, dtype=torch.float32) + 0.5) / h
-        x = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) / w
-        points.append(torch.stack([x.repeat(h), y.repeat_interleave(w)], -1))
-    ends = torch.tensor([h * w for h, w in values]).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    return Sampling(torch.cat(points)[None, :, None], torch.tensor(values).to(device), starts.to(device))
-
-
-def make_attention(dim: int, levels: int, points: int, heads: int, ratio: float) -> Any:
-    """mmcv's deformable attention for tokens (B, T, dim). Raises ImportError where its operators are missing."""
-    try:
-        from mmcv.ops import MultiScaleDeformableAttention
-    except ImportError as error:
-        raise ImportError(
-            f'the adapter takes deformable attention from mmcv.ops, which does not import here ({error}); '
-            f'install mmcv with its operators: tools/install_mmcv.sh PYTHON with-ops'
-        ) from error
-    return MultiScaleDeformableAttention(
-        dim, heads, levels, points, dropout=0.0, batch_first=True, value_proj_ratio=ratio
-    )
-
-
-def attend(attention: Any, query: Tensor, value: Tensor, identity: Tensor, where: Sampling) -> Tensor:
-    """``identity`` + attention of query (B, Tq, C) on value (B, Tv, C): (B, Tq, C).
-
-    In the dtype of the weights even under autocast: mmcv's kernel has no bfloat16.
-    """
-    attention.im2col_step = math.gcd(len(query), 64)  # images at a time; the kernel wants a divisor of the batch
-    dtype = attention.value_proj.weight.dtype
-    with torch.autocast(query.device.type, enabled=False):
-        return attention(
-            query=query.to(dtype),
-            value=value.to(dtype),
-            identity=identity,
-            reference_points=where.points.to(dtype),
-            spatial_shapes=where.shapes,
-            level_start_index=where.starts,
-        )
 
 
 class SpatialPrior(nn.Module):

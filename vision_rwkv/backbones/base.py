@@ -123,7 +123,7 @@ class Backbone(nn.Module):
         x, hw = self.patch_embed(x)
         x = x + resize_pos_embed(self.pos_embed, self.grid, hw, self.interpolate_mode)
         if self.cls_token is not None:
-            x = torch.cat([x, self.cls_token.expand(len(x), -1, -1)], 1)
+            x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
         return self.drop_after_pos(x), hw
 
     def forward(self, x: Tensor) -> tuple[Feature, ...]:
@@ -147,5 +147,5 @@ class Backbone(nn.Module):
 
     def _to_feature(self, x: Tensor, hw: tuple[int, int]) -> Feature:
         h, w = hw
-        token_map = x[:, : h * w].transpose(1, 2).reshape(len(x), self.embed_dims, h, w)
+        token_map = x[:, : h * w].transpose(1, 2).reshape(x.shape[0], self.embed_dims, h, w)
         return [token_map, x[:, -1]] if self.output_cls_token else token_map

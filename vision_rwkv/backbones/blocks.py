@@ -31,6 +31,11 @@ def ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def is_fixed(*sizes: int | torch.SymInt) -> bool:
+    """Whether these are numbers, and not symbols of an export for any size, which no branch may depend on."""
+    return not any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches as tokens; the image is padded with zeros at the bottom and right to whole patches."""
 
@@ -43,7 +48,7 @@ class PatchEmbed(nn.Module):
         """(B, in_channels, H, W) -> tokens (B, h * w, C), row by row, and (h, w)."""
         p, (height, width) = self.patch_size, x.shape[2:]
         h, w = ceil_div(height, p), ceil_div(width, p)
-        if (height, width) != (h * p, w * p):
+        if not is_fixed(h, w) or (height, width) != (h * p, w * p):
             x = F.pad(x, (0, w * p - width, 0, h * p - height))
         # As a linear map of each patch, which is faster than a GPU's convolution. One copy orders and casts the pixels.
         patches = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, in_channels, p, p)
@@ -56,7 +61,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], hw: tuple[int, in
 
     mode: one of `torch.nn.functional.interpolate`.
     """
-    if grid == hw:
+    if is_fixed(*hw) and grid == hw:
         return pos_embed
     maps = pos_embed.transpose(1, 2).unflatten(2, grid)
     return F.interpolate(maps, size=hw, mode=mode).flatten(2).transpose(1, 2)
