@@ -34,7 +34,8 @@ def main() -> None:
     os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
     logging.disable(logging.ERROR)  # torchrun's report of a failed process is longer than the process's own
     try:
-        run.main([*_where(), f'--nproc-per-node={count}', script, *args, '--launcher', 'pytorch'])
+        # After '--', options of the script are not taken for short forms of torchrun's.
+        run.main([*_where(), f'--nproc-per-node={count}', '--', script, *args, '--launcher', 'pytorch'])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

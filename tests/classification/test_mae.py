@@ -72,7 +72,7 @@ def test_the_decoder_puts_patches_in_their_places():
     kept, places, _ = draw_mask(2, 16, 0.75, torch.device('cpu'))
     pixels = model(tokens, places)
     assert pixels.shape == (2, 16, 8 * 8 * 3)
-    sequence, hw = seen[0]
+    sequence, hw, _ = seen[0]
     assert hw == (4, 4)
     content = sequence - model.pos_embed
     assert torch.allclose(pick(content, kept), model.decoder_embed(tokens), atol=1e-6)
