@@ -6,12 +6,12 @@ MODEL ?= vrwkv
 KERNELS := $(wildcard kernels/*.h kernels/*.cuh kernels/*/*) setup.py pyproject.toml
 # Without a GPU in sight, CUDA code is only compiled to see that it compiles, for one architecture.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
-install demo-detection demo-segmentation test test-slow test-kills attack sanitize lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
+install demo-detection demo-segmentation test test-demos test-slow test-kills attack sanitize lint docs bench: export TORCH_CUDA_ARCH_LIST ?= 9.0
 install-classification demo: export VISION_RWKV_CUDA ?= 0
 endif
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: install install-classification demo demo-detection demo-segmentation test test-slow test-kills attack sanitize lint docs bench zoo wheel clean
+.PHONY: install install-classification demo demo-detection demo-segmentation test test-demos test-slow test-kills attack sanitize lint docs bench zoo wheel clean
 
 ## What each task needs -------------------------------------------------------------------------------------------
 
@@ -56,6 +56,9 @@ demo-segmentation: install  ## label their pixels, a quarter of an hour at most
 
 test: install  ## the test suite
 	$(BIN)/python -m pytest -m 'not slow'
+
+test-demos: install  ## the smallest versions of the demos of detection and segmentation, minutes
+	$(BIN)/python -m pytest -m slow tests/tools/test_dense_readmes.py -k smallest_demo
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -191,8 +191,10 @@ def test_smallest_demo(task, tmp_path):
     config = ROOT / 'configs' / task / config
     short = {
         'detection': ['train_cfg.max_epochs=3', 'train_cfg.val_interval=3', 'param_scheduler.1.end=3'],
-        'segmentation': ['train_cfg.max_iters=60', 'train_cfg.val_interval=60', 'default_hooks.checkpoint.interval=60']
-        + ['param_scheduler.0.end=10', 'param_scheduler.1.begin=10', 'param_scheduler.1.end=60'],
+        'segmentation': [
+            *(f'{key}=240' for key in ('train_cfg.max_iters', 'train_cfg.val_interval', 'param_scheduler.1.end')),
+            *('default_hooks.checkpoint.interval=240', 'param_scheduler.0.end=20', 'param_scheduler.1.begin=20'),
+        ],
     }[task]
     made = ('--kind', task, '--out', f'data/digits_{task}', '--scenes', 120)
     call(sys.executable, ROOT / 'tools/make_digits.py', *made, cwd=tmp_path)
