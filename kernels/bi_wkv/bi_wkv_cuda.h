@@ -26,6 +26,8 @@ struct Plan {
     int rows;           // of a tile, kRow tokens each
     int chunks;         // tiles along the tokens
     int slices;         // tiles along the channels
+    int group;          // slices of which all tiles come before those of others; divides `slices`
+    int blocks;         // of a kernel that takes long sequences in one pass; 0: several kernels
     int processors;     // of the device
     int64_t workspace;  // bytes
 };

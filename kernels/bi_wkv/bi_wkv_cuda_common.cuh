@@ -42,10 +42,11 @@ struct Problem {
     unsigned tiles, tokens, channels, token_bytes;
     int chunk_tokens;
     bool vectors;  // k, v and gy lie such that 16 bytes of a token can be copied at once
-    Divisor by_slices, by_chunks;
+    Divisor by_group, by_chunks, by_groups;
     State* sums;  // (phase, sample, chunk, slice, side, kLanes): what a chunk sends, then what it gets; chunks > 1
     float* references;  // (sample, chunk, slice, kLanes): what a tile's weights are relative to, NaN for the exact path
     void* partials;     // (sample, chunk, slice, 2, kLanes): a tile's gw and gu; backward only
+    unsigned* arrivals;  // (phase, sample, slice): tiles that have left their sums; one pass only
 };
 
 __device__ inline float to_real(float x) { return x; }
@@ -151,13 +152,14 @@ struct Tile {
     __device__ unsigned channel() const { return slice * kLanes + this_lane(); }
 };
 
-// Neighbouring tiles are neighbouring slices of the same tokens, which share lines of memory.
+// Neighbouring tiles are neighbouring slices of the same tokens, which share lines of memory. Then come the group's
+// other tokens, the other groups, the other samples.
 __device__ inline Tile locate(const Problem& p, unsigned number) {
     Tile t;
-    const unsigned chunk = p.by_slices.divide(number);  // of all samples
-    t.slice = number - chunk * p.by_slices.by;
-    t.sample = p.by_chunks.divide(chunk);
-    t.chunk = static_cast<int>(chunk - t.sample * p.by_chunks.by);
+    const unsigned chunk = p.by_group.divide(number), group = p.by_chunks.divide(chunk);  // of all groups and samples
+    t.sample = p.by_groups.divide(group);
+    t.slice = (group - t.sample * p.by_groups.by) * p.by_group.by + (number - chunk * p.by_group.by);
+    t.chunk = static_cast<int>(chunk - group * p.by_chunks.by);
     const unsigned token = t.chunk * p.chunk_tokens;
     t.in_chunk = static_cast<int>(min(unsigned(p.chunk_tokens), p.tokens - token));
     t.at = static_cast<int64_t>((uint64_t(t.sample) * p.tokens + token) * p.channels + t.slice * kLanes);

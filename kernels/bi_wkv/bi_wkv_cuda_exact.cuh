@@ -61,13 +61,26 @@ __device__ inline void exact_publish(const Problem& p, const Tile& t, const Exac
     });
 }
 
+// What the other tiles of the sequence send to this one from one side, where no kernel has added it up.
+__device__ inline State exact_incoming(const Problem& p, const Tile& t, const ExactRow& row, Phase phase, int side) {
+    State in = empty_state();
+    Tile other = t;
+    const int step = side == 0 ? 1 : -1;
+    for (other.chunk = side == 0 ? 0 : p.plan.chunks - 1; other.chunk != t.chunk; other.chunk += step) {
+        in = merge(decayed(in, p.chunk_tokens * row.w), *tile_sums(p, other, phase, side));
+    }
+    return in;
+}
+
 // Turns the sums of each row into what all other rows of the sequence send: sums[0] from the left, sums[1] from the
 // right.
 __device__ inline void exact_exchange(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
                                       State (&sums)[2]) {
     const int rows = p.plan.rows;
     share_rows(p, row, sums, [&](int side, State* of_rows) {
-        State in = p.plan.chunks > 1 ? *tile_sums(p, t, phase, side) : empty_state();
+        State in = p.plan.chunks == 1  ? empty_state()
+                   : p.plan.blocks > 0 ? exact_incoming(p, t, row, phase, side)
+                                       : *tile_sums(p, t, phase, side);
         for (int i = 0; i < rows; ++i) {
             State* place = of_rows + (side == 0 ? i : rows - 1 - i) * kLanes;
             const State own = *place;

@@ -237,6 +237,11 @@ __device__ inline void receive(const Problem& p, const Tile& t, const Channel& c
     }
 }
 
+__device__ inline void apply_gate(const float (&r)[kRow], float (&y)[kRow]) {
+#pragma unroll
+    for (int j = 0; j < kRow; ++j) y[j] *= fast_reciprocal(1 + fast_exp2(-static_cast<float>(kLog2E) * r[j]));
+}
+
 // Gates keep a row of r in registers, for which fewer blocks have room.
 constexpr int output_blocks(bool many, bool gated) { return many ? (gated ? 5 : 6) : (gated ? 2 : 3); }
 
@@ -253,12 +258,7 @@ __global__ void __launch_bounds__(kMaxThreads<kMany>, output_blocks(kMany, kGate
         };
         receive<T, kOthers, false>(p, t, channel, e, ev, &reference, in, read_gate, next);
         outputs(channel, e, ev, in[0], in[1]);
-        if constexpr (kGated) {
-#pragma unroll
-            for (int j = 0; j < kRow; ++j) {
-                ev[j] *= fast_reciprocal(1 + fast_exp2(-static_cast<float>(kLog2E) * gate[j]));
-            }
-        }
+        if constexpr (kGated) apply_gate(gate, ev);
         write_row<T>(p.call.y, p, t, ev);
     };
     // The last tiles first: theirs are the tokens that sums_kernel left in the L2 cache.

@@ -6,36 +6,99 @@
 #include <algorithm>
 #include <limits>
 
-#include "bi_wkv/bi_wkv_cuda_backward.cuh"
+#include "bi_wkv/bi_wkv_cuda_one_pass.cuh"
 
 namespace bi_wkv {
 
-constexpr int kFewestRows = 4;         // smaller tiles would mostly exchange sums
-constexpr int kTilesPerProcessor = 2;  // of a long sequence, at least, if that leaves such tiles
+constexpr int kFewestRows = 4;          // smaller tiles would mostly exchange sums
+constexpr int kTilesPerProcessor = 2;   // of a long sequence, at least, if that leaves such tiles
+constexpr int64_t kMostTogether = 128;  // tiles of a sequence in one pass: each reads the sums of all others
 
 inline int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
+inline int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+}
+
+using Kernel = void (*)(Problem);
+
+// Bytes of shared memory of a block that copies so many tensors.
+template <typename T>
+int shared_bytes(const Plan& plan, int tensors) {
+    int bytes = plan.rows * kLanes * kSharedRowBytes;
+    if (!kExactOnly<T>) bytes += kIncomingBytes + tensors * plan.rows * Staged<T>::kRowBytes;
+    return bytes;
+}
+
+// Blocks that run at the same time.
+inline int64_t resident_blocks(Kernel kernel, const Plan& plan, int shared) {
+    constexpr int kSharedWithoutAsking = 48 * 1024;
+    if (shared > kSharedWithoutAsking) {
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    }
+    int resident = 0;
+    C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.rows * kLanes, shared));
+    return int64_t(std::max(resident, 1)) * plan.processors;
+}
+
+inline int tensors_of(const Call& call) { return call.backward || call.r ? 3 : 2; }
+
+template <typename T>
+Kernel one_pass_kernel(const Call& call) {
+    if (call.backward) return one_pass_gradient_kernel<T>;
+    return call.r ? one_pass_output_kernel<T, true> : one_pass_output_kernel<T, false>;
+}
+
+// Rows of a tile where sequences are cut into several: fewer than `most` if there would be too few tiles.
+inline int rows_of_many(const Call& call, const Plan& plan, int most, int step) {
+    const auto chunks = [&](int rows) { return divide_up(call.tokens, int64_t(rows) * kRow); };
+    int rows = most;
+    while (rows > kFewestRows && call.batch * plan.slices * chunks(rows) < kTilesPerProcessor * plan.processors) {
+        rows -= step;
+    }
+    const int64_t balanced = divide_up(divide_up(call.tokens, chunks(rows)), step * kRow) * step;
+    return static_cast<int>(std::max<int64_t>(kFewestRows, balanced));
+}
+
+// Whether a long sequence's tiles can be on chip at the same time; then sets what the kernel needs for that.
+template <typename T>
+bool plan_one_pass(const Call& call, Plan& plan) {
+    if constexpr (kExactOnly<T>) {
+        return false;
+    } else {
+        if (!attribute(cudaDevAttrCooperativeLaunch)) return false;
+        plan.rows = rows_of_many(call, plan, kMaxRows, 2);  // a warp has two rows
+        const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
+        const int64_t resident =
+            resident_blocks(one_pass_kernel<T>(call), plan, shared_bytes<T>(plan, tensors_of(call)));
+        if (chunks > std::min(resident, kMostTogether)) return false;
+        plan.group = plan.slices;
+        while (plan.slices % plan.group != 0 || plan.group * chunks > resident) --plan.group;
+        const int64_t turns = divide_up(tiles, resident);
+        plan.blocks = static_cast<int>(std::max(divide_up(tiles, turns), plan.group * chunks));
+        return true;
+    }
+}
+
 template <typename T>
 Plan make_plan(const Call& call) {
-    int device = 0;
     Plan plan{};
-    C10_CUDA_CHECK(cudaGetDevice(&device));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&plan.processors, cudaDevAttrMultiProcessorCount, device));
+    plan.processors = attribute(cudaDevAttrMultiProcessorCount);
     plan.slices = static_cast<int>(divide_up(call.channels, kLanes));
     const bool many = call.tokens > kMaxRows * kRow;
-    plan.rows = static_cast<int>(std::min<int64_t>(many ? kMaxRowsOfMany : kMaxRows, divide_up(call.tokens, kRow)));
-    const auto chunks = [&](int rows) { return divide_up(call.tokens, int64_t(rows) * kRow); };
-    const auto tiles = [&](int rows) { return call.batch * plan.slices * chunks(rows); };
-    if (many) {
-        while (plan.rows > kFewestRows && tiles(plan.rows) < kTilesPerProcessor * plan.processors) --plan.rows;
-        const int64_t balanced = divide_up(divide_up(call.tokens, chunks(plan.rows)), kRow);
-        plan.rows = static_cast<int>(std::max<int64_t>(kFewestRows, balanced));
-    }
+    plan.group = plan.slices;
+    plan.rows = static_cast<int>(std::min<int64_t>(kMaxRows, divide_up(call.tokens, kRow)));
+    if (many && !plan_one_pass<T>(call, plan)) plan.rows = rows_of_many(call, plan, kMaxRowsOfMany, 1);
+    const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
     constexpr int64_t kMost = std::numeric_limits<int>::max();
-    TORCH_CHECK(tiles(plan.rows) < kMost && call.tokens < kMost, "bi_wkv: the tensors are too large");
-    plan.chunks = static_cast<int>(chunks(plan.rows));
-    const int64_t of_tile = plan.chunks > 1 ? kLanes * ((call.backward ? 4 : 2) * sizeof(State) + sizeof(float)) : 0;
-    plan.workspace = tiles(plan.rows) * (of_tile + (call.backward ? kReduceWidth * sizeof(SumType<T>) : 0));
+    TORCH_CHECK(tiles < kMost && call.tokens < kMost, "bi_wkv: the tensors are too large");
+    plan.chunks = static_cast<int>(chunks);
+    const int64_t of_tile = many ? kLanes * ((call.backward ? 4 : 2) * sizeof(State) + sizeof(float)) : 0;
+    const int64_t counters = plan.blocks > 0 ? 2 * call.batch * plan.slices * sizeof(unsigned) : 0;
+    plan.workspace = tiles * (of_tile + (call.backward ? kReduceWidth * sizeof(SumType<T>) : 0)) + counters;
     return plan;
 }
 
@@ -52,42 +115,41 @@ Problem make_problem(const Call& call, const Plan& plan, void* workspace) {
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
     p.vectors = call.channels * sizeof(T) % 16 == 0 && aligned(call.k) && aligned(call.v) && aligned(call.r) &&
                 aligned(call.gy);
-    p.by_slices = Divisor::make(plan.slices);
+    p.by_group = Divisor::make(plan.group);
     p.by_chunks = Divisor::make(plan.chunks);
+    p.by_groups = Divisor::make(plan.slices / plan.group);
     // Doubles come first: all are aligned.
     const int64_t lanes = int64_t(p.tiles) * kLanes;
     p.sums = static_cast<State*>(workspace);
     State* end = p.sums + (plan.chunks == 1 ? 0 : (call.backward ? 4 : 2) * lanes);
     p.partials = end;
     p.references = reinterpret_cast<float*>(static_cast<SumType<T>*>(p.partials) + (call.backward ? 2 * lanes : 0));
+    p.arrivals = reinterpret_cast<unsigned*>(p.references + (plan.chunks == 1 ? 0 : lanes));
     return p;
 }
 
 // Launches one call's kernels in order.
 class Launcher {
  public:
-    explicit Launcher(const Problem& p) : p_(p) {
-        int device = 0, major = 0;
-        C10_CUDA_CHECK(cudaGetDevice(&device));
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        programmatic_ = major >= 9;
-    }
+    explicit Launcher(const Problem& p) : p_(p) {}
 
     // A kernel that goes over all tiles, of so many tensors each: as many blocks as run at the same time.
     template <typename T>
-    void tiles(void (*kernel)(Problem), int tensors) {
-        const int threads = p_.plan.rows * kLanes;
-        int shared = threads * kSharedRowBytes, resident = 0;
-        if (!kExactOnly<T>) shared += kIncomingBytes + tensors * p_.plan.rows * Staged<T>::kRowBytes;
-        constexpr int kSharedWithoutAsking = 48 * 1024;
-        if (shared > kSharedWithoutAsking) {
-            C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-        }
-        C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared));
-        int64_t blocks = int64_t(std::max(resident, 1)) * p_.plan.processors;
+    void tiles(Kernel kernel, int tensors) {
+        const int shared = shared_bytes<T>(p_.plan, tensors);
+        int64_t blocks = resident_blocks(kernel, p_.plan, shared);
         // All tiles of a block of one slice: it then has one set of decays.
         if (blocks > p_.plan.slices) blocks -= blocks % p_.plan.slices;
-        launch(kernel, std::min<int64_t>(p_.tiles, blocks), threads, shared, p_);
+        launch(kernel, std::min<int64_t>(p_.tiles, blocks), p_.plan.rows * kLanes, shared, p_);
+    }
+
+    // The kernel whose blocks all have to run at the same time.
+    template <typename T>
+    void one_pass() {
+        together_ = true;
+        launch(one_pass_kernel<T>(p_.call), p_.plan.blocks, p_.plan.rows * kLanes,
+               shared_bytes<T>(p_.plan, tensors_of(p_.call)), p_);
+        together_ = false;
     }
 
     template <typename T>
@@ -95,19 +157,25 @@ class Launcher {
         launch(carry_kernel<T>, 2 * p_.call.batch * p_.plan.slices, kCarryThreads, 0, p_, phase);
     }
 
-    // Programmatic from the second kernel on: the first follows kernels that do not take part.
+    // Programmatic from the second kernel on, on devices that know it: the first follows kernels that do not take part.
     template <typename... Arguments>
     void launch(void (*kernel)(Arguments...), int64_t blocks, int threads, int shared, Arguments... arguments) {
-        cudaLaunchAttribute early{};
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchAttribute how{};
+        if (together_) {
+            how.id = cudaLaunchAttributeCooperative;
+            how.val.cooperative = 1;
+        } else {
+            how.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            how.val.programmaticStreamSerializationAllowed = 1;
+        }
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(threads);
         config.dynamicSmemBytes = shared;
         config.stream = p_.call.stream;
-        config.attrs = &early;
-        config.numAttrs = programmatic_ && launched_++ > 0 ? 1 : 0;
+        config.attrs = &how;
+        config.numAttrs = together_ || (programmatic_ && launched_ > 0) ? 1 : 0;
+        ++launched_;
         C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
@@ -115,13 +183,20 @@ class Launcher {
  private:
     const Problem& p_;
     int launched_ = 0;
-    bool programmatic_ = false;
+    bool together_ = false, programmatic_ = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
 };
 
 template <typename T>
 void run(const Call& call, const Plan& plan, void* workspace) {
     const Problem p = make_problem<T>(call, plan, workspace);
     Launcher launcher(p);
+    if constexpr (!kExactOnly<T>) {
+        if (plan.blocks > 0) {
+            launcher.one_pass<T>();
+            if (call.backward) launcher.launch(reduce_kernel<T>, plan.slices, kReduceWidth * kReduceGroups, 0, p);
+            return;
+        }
+    }
     const bool many = plan.chunks > 1;
     if (many) {
         launcher.tiles<T>(sums_kernel<T>, 2);
