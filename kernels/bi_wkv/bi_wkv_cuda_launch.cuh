@@ -25,14 +25,6 @@ inline int attribute(cudaDeviceAttr which) {
 
 using Kernel = void (*)(Problem);
 
-// Bytes of shared memory of a block that copies so many tensors.
-template <typename T>
-int shared_bytes(const Plan& plan, int tensors) {
-    int bytes = plan.rows * kLanes * kSharedRowBytes;
-    if (!kExactOnly<T>) bytes += kIncomingBytes + tensors * plan.rows * Staged<T>::kRowBytes;
-    return bytes;
-}
-
 // Blocks that run at the same time.
 inline int64_t resident_blocks(Kernel kernel, const Plan& plan, int shared) {
     constexpr int kSharedWithoutAsking = 48 * 1024;
@@ -41,10 +33,40 @@ inline int64_t resident_blocks(Kernel kernel, const Plan& plan, int shared) {
     }
     int resident = 0;
     C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.rows * kLanes, shared));
-    return int64_t(std::max(resident, 1)) * plan.processors;
+    return int64_t(resident) * plan.processors;
 }
 
 inline int tensors_of(const Call& call) { return call.backward || call.r ? 3 : 2; }
+
+// Bytes of shared memory of a block that copies so many tensors.
+template <typename T>
+int shared_bytes(const Plan& plan, int tensors) {
+    if (kExactOnly<T>) return plan.rows * kLanes * kSharedRowBytes;
+    return plan.shared_before_stages + plan.stages * tensors * plan.rows * kRow * Staged<T>::kToken;
+}
+
+// How many tiles are copied ahead: two, if as many blocks run at the same time. Returns that number of blocks.
+template <typename T>
+int64_t plan_stages(const Call& call, Kernel kernel, Plan& plan) {
+    plan.shared_before_stages = plan.rows * kLanes * kSharedRowBytes + kIncomingBytes;
+    plan.stages = 1;
+    const int64_t resident = resident_blocks(kernel, plan, shared_bytes<T>(plan, tensors_of(call)));
+    plan.stages = kMostStages;
+    const int shared = shared_bytes<T>(plan, tensors_of(call));
+    if (shared > attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
+        resident_blocks(kernel, plan, shared) < resident) {
+        plan.stages = 1;
+    }
+    return resident;
+}
+
+// The kernel that writes the results.
+template <typename T>
+Kernel last_kernel(const Call& call, bool many) {
+    if (call.backward) return many ? gradient_kernel<T, true> : gradient_kernel<T, false>;
+    if (call.r) return many ? output_kernel<T, true, true> : output_kernel<T, false, true>;
+    return many ? output_kernel<T, true, false> : output_kernel<T, false, false>;
+}
 
 template <typename T>
 Kernel one_pass_kernel(const Call& call) {
@@ -53,45 +75,45 @@ Kernel one_pass_kernel(const Call& call) {
 }
 
 // Rows of a tile where sequences are cut into several: fewer than `most` if there would be too few tiles.
-inline int rows_of_many(const Call& call, const Plan& plan, int most, int step) {
-    const auto chunks = [&](int rows) { return divide_up(call.tokens, int64_t(rows) * kRow); };
+inline int rows_of_many(const Call& call, const Plan& plan, int most) {
+    const auto chunks = [&](int rows) { return divide_up(call.tokens, rows * kRow); };
     int rows = most;
-    while (rows > kFewestRows && call.batch * plan.slices * chunks(rows) < kTilesPerProcessor * plan.processors) {
-        rows -= step;
-    }
-    const int64_t balanced = divide_up(divide_up(call.tokens, chunks(rows)), step * kRow) * step;
+    while (rows > kFewestRows && call.batch * plan.slices * chunks(rows) < kTilesPerProcessor * plan.processors)
+        rows -= 2;
+    const int64_t balanced = 2 * divide_up(divide_up(call.tokens, chunks(rows)), 2 * kRow);
     return static_cast<int>(std::max<int64_t>(kFewestRows, balanced));
 }
 
 // Whether a long sequence's tiles can be on chip at the same time; then sets what the kernel needs for that.
 template <typename T>
 bool plan_one_pass(const Call& call, Plan& plan) {
-    if constexpr (kExactOnly<T>) {
-        return false;
-    } else {
-        if (!attribute(cudaDevAttrCooperativeLaunch)) return false;
-        plan.rows = rows_of_many(call, plan, kMaxRows, 2);  // a warp has two rows
-        const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
-        const int64_t resident =
-            resident_blocks(one_pass_kernel<T>(call), plan, shared_bytes<T>(plan, tensors_of(call)));
-        if (chunks > std::min(resident, kMostTogether)) return false;
-        plan.group = plan.slices;
-        while (plan.slices % plan.group != 0 || plan.group * chunks > resident) --plan.group;
-        const int64_t turns = divide_up(tiles, resident);
-        plan.blocks = static_cast<int>(std::max(divide_up(tiles, turns), plan.group * chunks));
-        return true;
-    }
+    if (!attribute(cudaDevAttrCooperativeLaunch)) return false;
+    plan.rows = rows_of_many(call, plan, kMaxRows);
+    const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
+    const int64_t resident = plan_stages<T>(call, one_pass_kernel<T>(call), plan);
+    if (chunks > std::min(resident, kMostTogether)) return false;
+    while (plan.slices % plan.group != 0 || plan.group * chunks > resident) --plan.group;
+    const int64_t turns = divide_up(tiles, resident);
+    plan.blocks = static_cast<int>(std::max(divide_up(tiles, turns), plan.group * chunks));
+    return true;
 }
 
 template <typename T>
 Plan make_plan(const Call& call) {
     Plan plan{};
     plan.processors = attribute(cudaDevAttrMultiProcessorCount);
-    plan.slices = static_cast<int>(divide_up(call.channels, kLanes));
+    plan.group = plan.slices = static_cast<int>(divide_up(call.channels, kLanes));
+    plan.stages = 1;
     const bool many = call.tokens > kMaxRows * kRow;
-    plan.group = plan.slices;
-    plan.rows = static_cast<int>(std::min<int64_t>(kMaxRows, divide_up(call.tokens, kRow)));
-    if (many && !plan_one_pass<T>(call, plan)) plan.rows = rows_of_many(call, plan, kMaxRowsOfMany, 1);
+    plan.rows = static_cast<int>(std::min<int64_t>(kMaxRows, 2 * divide_up(call.tokens, 2 * kRow)));
+    if constexpr (kExactOnly<T>) {
+        if (many) plan.rows = rows_of_many(call, plan, kMaxRowsOfMany);
+    } else if (!many) {
+        plan_stages<T>(call, last_kernel<T>(call, false), plan);
+    } else if (!plan_one_pass<T>(call, plan)) {
+        plan.rows = rows_of_many(call, plan, kMaxRowsOfMany);
+        plan_stages<T>(call, last_kernel<T>(call, true), plan);
+    }
     const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
     constexpr int64_t kMost = std::numeric_limits<int>::max();
     TORCH_CHECK(tiles < kMost && call.tokens < kMost, "bi_wkv: the tensors are too large");
@@ -100,6 +122,31 @@ Plan make_plan(const Call& call) {
     const int64_t counters = plan.blocks > 0 ? 2 * call.batch * plan.slices * sizeof(unsigned) : 0;
     plan.workspace = tiles * (of_tile + (call.backward ? kReduceWidth * sizeof(SumType<T>) : 0)) + counters;
     return plan;
+}
+
+// How the copy engine finds a tile of a tensor.
+template <typename T>
+CUtensorMap tensor_map(const Call& call, const void* tensor, int tokens) {
+    static const auto encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found{};
+        C10_CUDA_CHECK(
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+        TORCH_CHECK(found == cudaDriverEntryPointSuccess, "bi_wkv: the CUDA driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
+    const CUtensorMapDataType type = std::is_same_v<T, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                     : std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t sizes[] = {cuuint64_t(call.channels), cuuint64_t(call.tokens), cuuint64_t(call.batch)};
+    const cuuint64_t strides[] = {sizes[0] * sizeof(T), sizes[0] * sizes[1] * sizeof(T)};
+    const cuuint32_t box[] = {kLanes, cuuint32_t(tokens), 1}, steps[] = {1, 1, 1};
+    CUtensorMap map;
+    const CUresult result =
+        encode(&map, type, 3, const_cast<void*>(tensor), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    TORCH_CHECK(result == CUDA_SUCCESS, "bi_wkv: cuTensorMapEncodeTiled failed with error ", int(result));
+    return map;
 }
 
 template <typename T>
@@ -115,6 +162,12 @@ Problem make_problem(const Call& call, const Plan& plan, void* workspace) {
     const auto aligned = [](const void* x) { return reinterpret_cast<uintptr_t>(x) % 16 == 0; };
     p.vectors = call.channels * sizeof(T) % 16 == 0 && aligned(call.k) && aligned(call.v) && aligned(call.r) &&
                 aligned(call.gy);
+    if constexpr (!kExactOnly<T>) {
+        if (p.vectors && attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+            const void* tensors[] = {call.k, call.v, call.backward ? call.gy : call.r};
+            for (int i = 0; i < tensors_of(call); ++i) p.maps[i] = tensor_map<T>(call, tensors[i], p.chunk_tokens);
+        }
+    }
     p.by_group = Divisor::make(plan.group);
     p.by_chunks = Divisor::make(plan.chunks);
     p.by_groups = Divisor::make(plan.slices / plan.group);
@@ -137,7 +190,7 @@ class Launcher {
     template <typename T>
     void tiles(Kernel kernel, int tensors) {
         const int shared = shared_bytes<T>(p_.plan, tensors);
-        int64_t blocks = resident_blocks(kernel, p_.plan, shared);
+        int64_t blocks = std::max<int64_t>(1, resident_blocks(kernel, p_.plan, shared));
         // All tiles of a block of one slice: it then has one set of decays.
         if (blocks > p_.plan.slices) blocks -= blocks % p_.plan.slices;
         launch(kernel, std::min<int64_t>(p_.tiles, blocks), p_.plan.rows * kLanes, shared, p_);
@@ -203,18 +256,13 @@ void run(const Call& call, const Plan& plan, void* workspace) {
         launcher.carry<T>(kForwardSums);
     }
     if (!call.backward) {
-        if (call.r) {
-            launcher.tiles<T>(many ? output_kernel<T, true, true> : output_kernel<T, false, true>, 3);
-        } else {
-            launcher.tiles<T>(many ? output_kernel<T, true, false> : output_kernel<T, false, false>, 2);
-        }
-        return;
+        return launcher.tiles<T>(last_kernel<T>(call, many), tensors_of(call));
     }
     if (many) {
         launcher.tiles<T>(adjoint_sums_kernel<T>, 3);
         launcher.carry<T>(kAdjointSums);
     }
-    launcher.tiles<T>(many ? gradient_kernel<T, true> : gradient_kernel<T, false>, 3);
+    launcher.tiles<T>(last_kernel<T>(call, many), 3);
     launcher.launch(reduce_kernel<T>, plan.slices, kReduceWidth * kReduceGroups, 0, p);
 }
 

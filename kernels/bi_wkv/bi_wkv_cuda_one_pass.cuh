@@ -8,14 +8,6 @@
 
 namespace bi_wkv {
 
-// How far a tile had come when the exact path took over some of its lanes: of the phases before `phase` its sums are
-// there for the others, of `phase` only those of the lanes `exact`.
-struct Resume {
-    int phase;
-    unsigned exact;
-};
-constexpr int kDone = 2;  // the phase of a tile that has been done
-
 __device__ inline unsigned* arrivals(const Problem& p, const Tile& t, Phase phase) {
     return p.arrivals + (phase * p.call.batch + t.sample) * p.plan.slices + t.slice;
 }
@@ -38,9 +30,7 @@ __device__ inline bool leave_sums(const Problem& p, const Tile& t, Phase phase, 
     const unsigned exact = phase == resume.phase ? resume.exact : 0;
     if (out_of_range() & ~exact) return false;
     if (this_row() < 2) {
-        const Pair all =
-            gather_rows(shared_parts(p).rows[phase], p.plan.rows, this_row(), p.plan.rows, row_decay, {0, 0});
-        if (!has_lane(exact)) *tile_sums(p, t, phase, this_row()) = {base * kNats, all.x, all.y};
+        if (!has_lane(exact)) publish(p, t, phase, row_decay, base);
         __syncwarp();
         if (threadIdx.x == 0) add_release(arrivals(p, t, phase));
     }
@@ -51,119 +41,81 @@ __device__ inline bool leave_sums(const Problem& p, const Tile& t, Phase phase, 
 // the tile's rows send to the thread's row; afterwards with what comes from beyond the tile.
 __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, const Channel& channel, float base,
                                  float limit, Pair (&in)[2]) {
-    const int rows = p.plan.rows, chunks = p.plan.chunks, warps = rows / 2;
-    const double w = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel());
-    const State* sent =
-        p.sums + (int64_t(phase) * p.tiles + (int64_t(t.sample) * chunks) * p.plan.slices + t.slice) * (2 * kLanes) +
-        this_lane();
+    const int rows = p.plan.rows, chunks = p.plan.chunks;
+    const Shared shared = shared_parts(p);
+    const double decay = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel()) * p.chunk_tokens;
     if (threadIdx.x % 32 == 0) {
         while (load_acquire(arrivals(p, t, phase)) < chunks) continue;
     }
     __syncwarp();
     Pair sums[2] = {};
-    const auto add_tile = [&](int chunk, int side, int between) {
-        const State* from = sent + (int64_t(chunk) * p.plan.slices * 2 + side) * kLanes;
-        const double m = __ldcg(&from->m), x = __ldcg(&from->x), y = __ldcg(&from->y);
-        const double exponent = m - w * (between * p.chunk_tokens) - base * kNats;
-        add(sums[side], fast_exp2(static_cast<float>(exponent * kLog2E)),
-            {static_cast<float>(x), static_cast<float>(y)});
+    // Every rows-th tile, from the first on, on one side; the exponents of what it sends grow by step from one to the
+    // next.
+    const auto add_side = [&](int side, int first, int end, double exponent, double step) {
+        Tile other = t;
+        other.chunk = first;
+        const State* from = tile_sums(p, other, phase, side);
+        exponent -= base * kNats;
+#pragma unroll 4
+        for (int i = first; i < end; i += rows) {
+            const double m = __ldcg(&from->m), x = __ldcg(&from->x), y = __ldcg(&from->y);
+            const float scale = fast_exp2(static_cast<float>((m + exponent) * kLog2E));
+            add(sums[side], scale, {static_cast<float>(x), static_cast<float>(y)});
+            from += rows * kLanes;
+            exponent += step;
+        }
     };
-#pragma unroll 4
-    for (int i = this_row(); i < t.chunk; i += rows) add_tile(i, 0, t.chunk - 1 - i);
-#pragma unroll 4
-    for (int i = t.chunk + 1 + this_row(); i < chunks; i += rows) add_tile(i, 1, i - t.chunk - 1);
-    // A warp has two rows: each keeps the sums of one side.
-    Pair* parts = shared_parts(p).rows[1] + 2 * shared_parts(p).threads;  // [side][warp][kLanes]
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-        sums[side].x += __shfl_xor_sync(~0u, sums[side].x, kLanes);
-        sums[side].y += __shfl_xor_sync(~0u, sums[side].y, kLanes);
-    }
+    const int left = this_row(), right = t.chunk + 1 + this_row();
+    add_side(0, left, t.chunk, -decay * (t.chunk - 1 - left), decay * rows);
+    add_side(1, right, chunks, -decay * this_row(), -decay * rows);
+    // Each of a warp's two rows keeps the sums of one side.
     const int side = this_row() % 2;
-    parts[(side * warps + this_row() / 2) * kLanes + this_lane()] = side == 0 ? sums[0] : sums[1];
+    const Pair sent = side == 0 ? sums[1] : sums[0], kept = side == 0 ? sums[0] : sums[1];
+    shared.parts[(side * shared.count + this_row() / 2) * kLanes + this_lane()] = {
+        kept.x + __shfl_xor_sync(~0u, sent.x, kLanes), kept.y + __shfl_xor_sync(~0u, sent.y, kLanes)};
     __syncthreads();
     if (this_row() < 2) {
         Pair all = {0, 0};
-        for (int i = 0; i < warps; ++i) add(all, 1, parts[(this_row() * warps + i) * kLanes + this_lane()]);
+        for (int i = 0; i < shared.count; ++i) {
+            add(all, 1, shared.parts[(this_row() * shared.count + i) * kLanes + this_lane()]);
+        }
         if (!within(all, limit)) atomicOr(&out_of_range(), 1u << this_lane());
         incoming(p, phase, this_row()) = all;
     }
     __syncthreads();
 #pragma unroll
     for (int from = 0; from < 2; ++from) {
-        add(in[from], fast_exp2(-channel.w * (rows_before(p, from) * kRow)), incoming(p, phase, from));
+        const int rows_between = from == 0 ? this_row() : rows - 1 - this_row();
+        add(in[from], fast_exp2(-channel.w * (rows_between * kRow)), incoming(p, phase, from));
     }
 }
 
-// Goes over the block's tiles from the i-th on as run_fast does. fast(t, channel, resume, next) returns the phase whose
-// sums it could not leave, or kDone. Stops after the first tile with lanes out of range; *phase: where.
-template <typename T, int kTensors, typename Begin, typename Fast>
-__device__ inline unsigned run_together(const Problem& p, unsigned i, Resume resume, int* phase, Begin begin,
-                                        Fast fast) {
-    Tile t = locate(p, i);
-    start_copies<T, kTensors>(p, t);
-    Channel channel = load_channel(p, t);
-    begin();
-    while (true) {
-        *phase = fast(t, channel, resume, [&] {
-            if (p.tiles - i > gridDim.x) start_copies<T, kTensors>(p, locate(p, i + gridDim.x));
-        });
-        if (out_of_range()) return i;
-        resume = {};
-        i += gridDim.x;
-        if (i >= p.tiles) return i;
-        t = locate(p, i);
-        channel = load_channel(p, t);
-    }
-}
-
-// All of the block's tiles; exact(number, lanes, phase) leaves the sums of some lanes of a tile, or does them at last
-// (kDone). A block takes its tiles in order, and no two tiles of a sequence and slice, so that those of the first
-// unfinished one are all under way: nothing waits for what cannot come.
-template <typename T, int kTensors, typename Fast, typename Exact>
-__device__ inline void for_each_tile_together(const Problem& p, Fast fast, Exact exact) {
-    __shared__ unsigned stopped_at;
-    __shared__ int stopped_in;
-    if (threadIdx.x == 0) out_of_range() = 0;
+// Sets the counters to zero, for all blocks.
+__device__ inline void clear_arrivals(const Problem& p) {
     const unsigned counters = 2 * p.call.batch * p.plan.slices;
-    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < counters; i += gridDim.x * blockDim.x)
+    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < counters; i += gridDim.x * blockDim.x) {
         p.arrivals[i] = 0;
-    Resume resume{};
-    for (unsigned i = blockIdx.x; i < p.tiles;) {
-        int phase;
-        i = run_together<T, kTensors>(
-            p, i, resume, &phase,
-            [&] {
-                const bool first = i == blockIdx.x && resume.phase == 0 && resume.exact == 0;
-                if (first) cooperative_groups::this_grid().sync();  // all counters are zero
-            },
-            fast);
-        if (i >= p.tiles) return;
-        if (threadIdx.x == 0) stopped_at = i, stopped_in = phase;
-        wait_for_copies();
-        __syncthreads();
-        resume = {phase, out_of_range()};
-        exact(i, resume.exact, phase);
-        __syncthreads();
-        if (threadIdx.x == 0) out_of_range() = 0;
-        __syncthreads();
-        i = stopped_at;
-        if (stopped_in == kDone) i += gridDim.x, resume = {};
     }
+    cooperative_groups::this_grid().sync();
 }
+
+// A block takes its tiles in order, and no two of one sequence and slice: those of the first unfinished one are all
+// under way, and nothing waits for what cannot come.
 
 template <typename T, bool kGated>
 __global__ void __launch_bounds__(kMaxThreads<false>, kGated ? 2 : 3)
     one_pass_output_kernel(const __grid_constant__ Problem p) {
-    const auto fast = [&](const Tile& t, const Channel& channel, const Resume& resume, auto next) -> int {
+    constexpr int kTensors = kGated ? 3 : 2;
+    const auto fast = [&](const Tile& t, const Channel& channel, unsigned turn, const Resume& resume,
+                          auto next) -> int {
         float e[kRow], ev[kRow], reference;
         [[maybe_unused]] float gate[kGated ? kRow : 1];
         Pair in[2];
         bool left;
-        const auto read_gate = [&] {
-            if constexpr (kGated) read_row(staged<T>(p, 2), gate);
+        const auto read_gate = [&](const auto& copies) {
+            if constexpr (kGated) read_row(copies.staged(turn, 2), gate);
         };
-        receive<T, kNone, false>(p, t, channel, e, ev, &reference, in, read_gate, [&] {
+        receive<T, kTensors, kNone, false>(p, t, channel, turn, e, ev, &reference, in, read_gate, [&] {
             left = leave_sums(p, t, kForwardSums, resume, channel.row_decay, reference);
             if (left) next();
         });
@@ -174,36 +126,38 @@ __global__ void __launch_bounds__(kMaxThreads<false>, kGated ? 2 : 3)
         write_row<T>(p.call.y, p, t, ev);
         return kDone;
     };
-    for_each_tile_together<T, kGated ? 3 : 2>(p, fast, [&](unsigned i, unsigned lanes, int phase) {
-        phase == kDone ? exact_outputs<T>(p, i, lanes) : exact_sums<T>(p, i, lanes);
-    });
+    for_each_tile<T, kTensors, false>(
+        p, [&] { clear_arrivals(p); }, fast,
+        [&](unsigned i, unsigned lanes, int phase) {
+            phase == kDone ? exact_outputs<T>(p, i, lanes) : exact_sums<T>(p, i, lanes);
+        });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<false>, 2) one_pass_gradient_kernel(const __grid_constant__ Problem p) {
-    const auto fast = [&](const Tile& t, const Channel& channel, const Resume& resume, auto next) -> int {
+    const auto fast = [&](const Tile& t, const Channel& channel, unsigned turn, const Resume& resume,
+                          auto next) -> int {
         AdjointRow x;
         bool left;
-        receive<T, kNone, true>(
-            p, t, channel, x.e, x.v, &x.reference, x.in, [&] { read_row(staged<T>(p, 2), x.a); },
-            [&] {
-                left = leave_sums(p, t, kForwardSums, resume, channel.row_decay, x.reference);
-                if (left) next();
-            });
+        x.receive<T, kNone>(p, t, channel, turn,
+                            [&] { left = leave_sums(p, t, kForwardSums, resume, channel.row_decay, x.reference); });
         if (!left) return kForwardSums;
         add_tiles(p, t, kForwardSums, channel, x.reference, kLargest, x.in);
         x.share_adjoints(p, channel);
         if (!leave_sums(p, t, kAdjointSums, resume, channel.row_decay, -x.reference)) return kAdjointSums;
-        x.gather_adjoints(p, channel, {});
+        next();
+        gather_rows(p, kAdjointSums, channel.row_decay, x.received, {}, x.adjoint);
         add_tiles(p, t, kAdjointSums, channel, -x.reference, kLargestAdjoint, x.adjoint);
         finish_gradients<T>(p, t, channel, x);
         return kDone;
     };
-    for_each_tile_together<T, 3>(p, fast, [&](unsigned i, unsigned lanes, int phase) {
-        if (phase == kForwardSums) exact_sums<T>(p, i, lanes);
-        if (phase == kAdjointSums) exact_adjoint_sums<T>(p, i, lanes);
-        if (phase == kDone) exact_gradients<T>(p, i, lanes);
-    });
+    for_each_tile<T, 3, false>(
+        p, [&] { clear_arrivals(p); }, fast,
+        [&](unsigned i, unsigned lanes, int phase) {
+            if (phase == kForwardSums) exact_sums<T>(p, i, lanes);
+            if (phase == kAdjointSums) exact_adjoint_sums<T>(p, i, lanes);
+            if (phase == kDone) exact_gradients<T>(p, i, lanes);
+        });
     allow_next_kernel();
 }
 
