@@ -26,7 +26,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name', SHARES)
-def test_attack(name, device, attack_count, capsys):
+def test_attack(name, device, attack_count, seeded, capsys):
     """Every case passes, and a fifth of the cases is of each kind."""
     count, worst = Counter(), {}
 
@@ -43,7 +43,7 @@ def test_attack(name, device, attack_count, capsys):
         attack(case, inputs, gy, worst)
         count.update(['all', *kinds(case, inputs)])
 
-    every()
+    seeded(every)()
     with capsys.disabled():
         print(f'\n{name} on {device}: ' + ', '.join(f'{count[kind]} {kind}' for kind in ('all', *KINDS)))
         if attack_count:
