@@ -21,7 +21,7 @@ __device__ inline State merge(const State& a, const State& b) {
 __device__ inline State decayed(const State& s, double decay) { return {s.m - decay, s.x, s.y}; }
 
 struct ExactRow {
-    double w, u;
+    double w, u, largest;  // largest: of the exponents that w and u make
     int valid;
     bool mine;  // whether this lane is to be done
 };
@@ -93,8 +93,9 @@ __device__ inline void exact_exchange(const Problem& p, const Tile& t, const Exa
 }
 
 __device__ inline ExactRow exact_row(const Problem& p, const Tile& t, unsigned lanes) {
-    return {channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel()),
-            channel_parameter<double>(p, p.call.u, p.call.u_type, t.channel()),
+    const double w = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel());
+    const double u = channel_parameter<double>(p, p.call.u, p.call.u_type, t.channel());
+    return {w, u, fmax(fabs(w) * p.tokens, fabs(u)),
             t.channel() < p.channels && has_lane(lanes) ? max(0, min(kRow, t.left())) : 0, has_lane(lanes)};
 }
 
@@ -105,13 +106,14 @@ __device__ inline double exact_output(const State& before, const State& after, c
     return all.x / all.y;
 }
 
-// exp(key + m), a token's share of a denominator that it is part of. Of exponents past 1e15 the last digit is more than
-// 1: what does not cancel then must not become more than the whole. Sums that come from the fast path hold part of
-// their size beside m, so below kRoughExponent, where no digits are missing, m + key may be above 0. NaN stays NaN.
+// exp(key + m), a token's share of a denominator that it is part of. Where keys, or the row's decays or bonus, are past
+// 1e15, the last digit of m is more than 1, also where little is left of m: what does not cancel then must not become
+// more than the whole. Sums that come from the fast path hold part of their size beside m, so below kRoughExponent,
+// where no digits are missing and which that path keeps to, m + key may be above 0. NaN stays NaN.
 constexpr double kRoughExponent = 1e12;
-__device__ inline double share_of(double key, double m) {
+__device__ inline double share_of(const ExactRow& row, double key, double m) {
     const double exponent = key + m;
-    return exp(exponent > 0 && fabs(key) >= kRoughExponent ? 0 : exponent);
+    return exp(exponent > 0 && fmax(fabs(key), row.largest) >= kRoughExponent ? 0 : exponent);
 }
 
 // What a token's key and value add to the sums. A key that is NaN makes the sums NaN: as an exponent it would be lost
@@ -225,14 +227,14 @@ __device__ __noinline__ void exact_gradients(const Problem& p, unsigned number, 
     double gw = 0, gu = 0;
     for (int j = 0; j < row.valid; ++j) {
         const State &left = lefts[j], &right = rights[j], &before = x.before[j], &after = x.after[j], token = term(j);
-        const double from_left = share_of(token.m, left.m), from_right = share_of(token.m, right.m), v = token.x;
-        const double weight = share_of(token.m + row.u, x.adjoint[j].m);
+        const double from_left = share_of(row, token.m, left.m), from_right = share_of(row, token.m, right.m);
+        const double weight = share_of(row, token.m + row.u, x.adjoint[j].m), v = token.x;
         const double own = weight * (x.adjoint[j].x * v + x.adjoint[j].y);
         store(gv + j * stride, from_left * left.x + from_right * right.x + weight * x.adjoint[j].x);
         store(gk + j * stride, from_left * (left.x * v + left.y) + from_right * (right.x * v + right.y) + own);
         gu += own;
-        gw -= share_of(before.m, right.m - row.w) * (before.x * right.x + before.y * right.y) +
-              share_of(after.m, left.m - row.w) * (after.x * left.x + after.y * left.y);
+        gw -= share_of(row, before.m, right.m - row.w) * (before.x * right.x + before.y * right.y) +
+              share_of(row, after.m, left.m - row.w) * (after.x * left.x + after.y * left.y);
     }
     store_partials(p, t, static_cast<SumType<T>>(gw), static_cast<SumType<T>>(gu), lanes);
 }
