@@ -36,6 +36,14 @@ struct State {
     double m, x, y;
 };
 
+// What a tile sends to one side in one pass: two sums times 2^-base, or the word that they lie in its State. It comes
+// in one piece, so no other memory has to be waited for.
+struct alignas(16) Message {
+    float base, x, y;
+    unsigned kind;
+};
+enum : unsigned { kMissing, kPlain, kInState };
+
 // The arguments of a kernel.
 struct Problem {
     CUtensorMap maps[3];  // k, v, and gy or r, in boxes of a tile; if `vectors`, from compute capability 9.0 on
@@ -48,7 +56,7 @@ struct Problem {
     State* sums;  // (phase, sample, slice, side, chunk, kLanes): what a chunk sends, then what it gets; chunks > 1
     float* references;  // (sample, chunk, slice, kLanes): what a tile's weights are relative to, NaN for the exact path
     void* partials;     // (sample, chunk, slice, 2, kLanes): a tile's gw and gu; backward only
-    unsigned* arrivals;  // (phase, sample, slice): tiles that have left their sums; one pass only
+    Message* messages;  // like sums; one pass only
 };
 
 __device__ inline float to_real(float x) { return x; }
@@ -184,10 +192,29 @@ __device__ inline int64_t tile_index(const Problem& p, const Tile& t) {
     return (int64_t(t.sample) * p.plan.chunks + t.chunk) * p.plan.slices + t.slice;
 }
 
+__device__ inline int64_t sums_index(const Problem& p, const Tile& t, Phase phase, int side) {
+    const int64_t sequence = (phase * p.call.batch + t.sample) * p.plan.slices + t.slice;
+    return ((sequence * 2 + side) * p.plan.chunks + t.chunk) * kLanes + this_lane();
+}
+
 // Of the tile and this lane. side 0: from the tokens on the left to those on the right; side 1: the other way.
 __device__ inline State* tile_sums(const Problem& p, const Tile& t, Phase phase, int side) {
-    const int64_t sequence = (phase * p.call.batch + t.sample) * p.plan.slices + t.slice;
-    return p.sums + ((sequence * 2 + side) * p.plan.chunks + t.chunk) * kLanes + this_lane();
+    return p.sums + sums_index(p, t, phase, side);
+}
+
+// Writes and reads a message in one piece.
+__device__ inline void send(Message* to, const Message& x) {
+    unsigned __int128 bits;
+    memcpy(&bits, &x, sizeof(x));
+    asm volatile("st.relaxed.gpu.global.b128 [%0], %1;" ::"l"(to), "q"(bits) : "memory");
+}
+
+__device__ inline Message look_for(const Message* from) {
+    unsigned __int128 bits;
+    asm volatile("ld.relaxed.gpu.global.b128 %0, [%1];" : "=q"(bits) : "l"(from) : "memory");
+    Message x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
 }
 
 __device__ inline float* tile_reference(const Problem& p, const Tile& t) {

@@ -6,8 +6,7 @@
 
 namespace bi_wkv {
 
-// A tile's shared memory. First what the rows share, 32 bytes a thread; the exact path has 48 there.
-constexpr int kSharedRowBytes = 2 * sizeof(State);
+constexpr int kSharedRowBytes = sizeof(State);  // a thread's part of what rows share, first in the shared memory
 constexpr int kMostStages = 2;
 
 // One tensor's tile in shared memory, token after token; what does not exist is zero.

@@ -36,23 +36,26 @@ __device__ inline void row_sums(const ExactRow& row, Term term, State (&sums)[2]
     sums[0] = decayed(sums[0], row.valid > 0 ? (kRow - row.valid) * row.w : 0);
 }
 
-// Shares the rows' sums; afterwards one thread for each side and lane calls `use` with that side and lane's first row.
+// Shares the rows' sums; one thread for each lane calls `use` with each side and that lane's first row. What that
+// leaves there are then the sums.
 template <typename Use>
-__device__ inline void share_rows(const Problem& p, const ExactRow& row, const State (&sums)[2], Use use) {
+__device__ inline void share_rows(const ExactRow& row, State (&sums)[2], Use use) {
     State* shared = reinterpret_cast<State*>(shared_memory());
-    const int rows = p.plan.rows, threads = rows * kLanes;
-    __syncthreads();
-    for (int side = 0; side < 2; ++side) shared[side * threads + threadIdx.x] = sums[side];
-    __syncthreads();
-    for (int side = this_row(); side < 2 && row.mine; side += rows) use(side, shared + side * threads + this_lane());
-    __syncthreads();
+    for (int side = 0; side < 2; ++side) {
+        __syncthreads();
+        shared[threadIdx.x] = sums[side];
+        __syncthreads();
+        if (this_row() == 0 && row.mine) use(side, shared + this_lane());
+        __syncthreads();
+        sums[side] = shared[threadIdx.x];
+    }
 }
 
 // Leaves the tile's sums for the other tiles.
 __device__ inline void exact_publish(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
-                                     const State (&sums)[2]) {
+                                     State (&sums)[2]) {
     const int rows = p.plan.rows;
-    share_rows(p, row, sums, [&](int side, const State* of_rows) {
+    share_rows(row, sums, [&](int side, const State* of_rows) {
         State all = empty_state();
         for (int i = 0; i < rows; ++i) {
             all = merge(decayed(all, kRow * row.w), of_rows[(side == 0 ? i : rows - 1 - i) * kLanes]);
@@ -67,7 +70,12 @@ __device__ inline State exact_incoming(const Problem& p, const Tile& t, const Ex
     Tile other = t;
     const int step = side == 0 ? 1 : -1;
     for (other.chunk = side == 0 ? 0 : p.plan.chunks - 1; other.chunk != t.chunk; other.chunk += step) {
-        in = merge(decayed(in, p.chunk_tokens * row.w), *tile_sums(p, other, phase, side));
+        const Message* from = p.messages + sums_index(p, other, phase, side);
+        Message x = look_for(from);
+        while (x.kind == kMissing) x = look_for(from);
+        __threadfence();
+        const State sent = x.kind == kPlain ? State{x.base * kNats, x.x, x.y} : *tile_sums(p, other, phase, side);
+        in = merge(decayed(in, p.chunk_tokens * row.w), sent);
     }
     return in;
 }
@@ -77,7 +85,7 @@ __device__ inline State exact_incoming(const Problem& p, const Tile& t, const Ex
 __device__ inline void exact_exchange(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
                                       State (&sums)[2]) {
     const int rows = p.plan.rows;
-    share_rows(p, row, sums, [&](int side, State* of_rows) {
+    share_rows(row, sums, [&](int side, State* of_rows) {
         State in = p.plan.chunks == 1  ? empty_state()
                    : p.plan.blocks > 0 ? exact_incoming(p, t, row, phase, side)
                                        : *tile_sums(p, t, phase, side);
@@ -88,8 +96,6 @@ __device__ inline void exact_exchange(const Problem& p, const Tile& t, const Exa
             in = merge(decayed(in, kRow * row.w), own);
         }
     });
-    const State* shared = reinterpret_cast<const State*>(shared_memory());
-    for (int side = 0; side < 2; ++side) sums[side] = shared[side * rows * kLanes + threadIdx.x];
 }
 
 __device__ inline ExactRow exact_row(const Problem& p, const Tile& t, unsigned lanes) {
@@ -208,7 +214,7 @@ template <typename T>
 __device__ __noinline__ void exact_adjoint_sums(const Problem& p, unsigned number, unsigned lanes) {
     const Tile t = locate(p, number);
     const ExactRow row = exact_row(p, t, lanes);
-    const ExactAdjoint<T> x(p, t, row);
+    ExactAdjoint<T> x(p, t, row);
     exact_publish(p, t, row, kAdjointSums, x.sums);
 }
 

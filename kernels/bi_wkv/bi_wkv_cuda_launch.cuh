@@ -119,8 +119,8 @@ Plan make_plan(const Call& call) {
     TORCH_CHECK(tiles < kMost && call.tokens < kMost, "bi_wkv: the tensors are too large");
     plan.chunks = static_cast<int>(chunks);
     const int64_t of_tile = many ? kLanes * ((call.backward ? 4 : 2) * sizeof(State) + sizeof(float)) : 0;
-    const int64_t counters = plan.blocks > 0 ? 2 * call.batch * plan.slices * sizeof(unsigned) : 0;
-    plan.workspace = tiles * (of_tile + (call.backward ? kReduceWidth * sizeof(SumType<T>) : 0)) + counters;
+    const int64_t messages = plan.blocks > 0 ? kLanes * (call.backward ? 4 : 2) * sizeof(Message) : 0;
+    plan.workspace = tiles * (messages + of_tile + (call.backward ? kReduceWidth * sizeof(SumType<T>) : 0));
     return plan;
 }
 
@@ -171,13 +171,13 @@ Problem make_problem(const Call& call, const Plan& plan, void* workspace) {
     p.by_group = Divisor::make(plan.group);
     p.by_chunks = Divisor::make(plan.chunks);
     p.by_groups = Divisor::make(plan.slices / plan.group);
-    // Doubles come first: all are aligned.
-    const int64_t lanes = int64_t(p.tiles) * kLanes;
-    p.sums = static_cast<State*>(workspace);
-    State* end = p.sums + (plan.chunks == 1 ? 0 : (call.backward ? 4 : 2) * lanes);
+    // The largest types come first: all are aligned.
+    const int64_t lanes = int64_t(p.tiles) * kLanes, sums = (call.backward ? 4 : 2) * lanes;
+    p.messages = static_cast<Message*>(workspace);
+    p.sums = reinterpret_cast<State*>(p.messages + (plan.blocks == 0 ? 0 : sums));
+    State* end = p.sums + (plan.chunks == 1 ? 0 : sums);
     p.partials = end;
     p.references = reinterpret_cast<float*>(static_cast<SumType<T>*>(p.partials) + (call.backward ? 2 * lanes : 0));
-    p.arrivals = reinterpret_cast<unsigned*>(p.references + (plan.chunks == 1 ? 0 : lanes));
     return p;
 }
 

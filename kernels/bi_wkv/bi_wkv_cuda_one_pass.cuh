@@ -8,31 +8,23 @@
 
 namespace bi_wkv {
 
-__device__ inline unsigned* arrivals(const Problem& p, const Tile& t, Phase phase) {
-    return p.arrivals + (phase * p.call.batch + t.sample) * p.plan.slices + t.slice;
-}
-
-__device__ inline void add_release(unsigned* to) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(to) : "memory");
-}
-
-__device__ inline unsigned load_acquire(const unsigned* from) {
-    unsigned x;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-
-// Leaves the tile's sums for the others; false if the exact path has to leave some of them first. To be called by all
+// Sends the tile's sums to the others; false if the exact path has to leave some of them first. To be called by all
 // threads after share().
-__device__ inline bool leave_sums(const Problem& p, const Tile& t, Phase phase, const Resume& resume, float row_decay,
-                                  float base) {
+__device__ inline bool send_sums(const Problem& p, const Tile& t, Phase phase, const Resume& resume, float row_decay,
+                                 float base) {
     if (phase < resume.phase) return true;
     const unsigned exact = phase == resume.phase ? resume.exact : 0;
     if (out_of_range() & ~exact) return false;
-    if (this_row() < 2) {
-        if (!has_lane(exact)) publish(p, t, phase, row_decay, base);
-        __syncwarp();
-        if (threadIdx.x == 0) add_release(arrivals(p, t, phase));
+    const int side = this_row();
+    if (side < 2) {
+        Message* to = p.messages + sums_index(p, t, phase, side);
+        if (has_lane(exact)) {
+            __threadfence();
+            send(to, {0, 0, 0, kInState});
+        } else {
+            const Pair all = gather_warps(p, phase, side, p.plan.rows / 2, row_decay, {0, 0});
+            send(to, {base, all.x, all.y, kPlain});
+        }
     }
     return true;
 }
@@ -41,61 +33,69 @@ __device__ inline bool leave_sums(const Problem& p, const Tile& t, Phase phase, 
 // the tile's rows send to the thread's row; afterwards with what comes from beyond the tile.
 __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, const Channel& channel, float base,
                                  float limit, Pair (&in)[2]) {
-    const int rows = p.plan.rows, chunks = p.plan.chunks;
+    const int rows = p.plan.rows, row = this_row(), chunks = p.plan.chunks;
     const Shared shared = shared_parts(p);
-    const double decay = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel()) * p.chunk_tokens;
-    if (threadIdx.x % 32 == 0) {
-        while (load_acquire(arrivals(p, t, phase)) < chunks) continue;
-    }
-    __syncwarp();
+    const float decay = channel.w * p.chunk_tokens;
+    Tile first = t;
+    first.chunk = 0;
+    const int64_t at = sums_index(p, first, phase, 0);
     Pair sums[2] = {};
-    // Every rows-th tile, from the first on, on one side; the exponents of what it sends grow by step from one to the
-    // next.
-    const auto add_side = [&](int side, int first, int end, double exponent, double step) {
-        Tile other = t;
-        other.chunk = first;
-        const State* from = tile_sums(p, other, phase, side);
-        exponent -= base * kNats;
-#pragma unroll 4
-        for (int i = first; i < end; i += rows) {
-            const double m = __ldcg(&from->m), x = __ldcg(&from->x), y = __ldcg(&from->y);
-            const float scale = fast_exp2(static_cast<float>((m + exponent) * kLog2E));
-            add(sums[side], scale, {static_cast<float>(x), static_cast<float>(y)});
-            from += rows * kLanes;
-            exponent += step;
+    constexpr int kBatch = 4;  // messages asked for together
+    // Each row takes every rows-th tile. Those behind the present one are those of the other side.
+    const auto index = [&](int chunk) { return (chunk + (chunk > t.chunk ? chunks : 0)) * kLanes; };
+    const auto is_other = [&](int chunk) { return chunk < chunks && chunk != t.chunk; };
+    for (int begin = row; begin < chunks; begin += kBatch * rows) {
+        Message x[kBatch];
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            const int chunk = begin + j * rows;
+            if (is_other(chunk)) x[j] = look_for(p.messages + at + index(chunk));
         }
-    };
-    const int left = this_row(), right = t.chunk + 1 + this_row();
-    add_side(0, left, t.chunk, -decay * (t.chunk - 1 - left), decay * rows);
-    add_side(1, right, chunks, -decay * this_row(), -decay * rows);
+#pragma unroll
+        for (int j = 0; j < kBatch; ++j) {
+            const int chunk = begin + j * rows;
+            if (!is_other(chunk)) continue;
+            while (x[j].kind == kMissing) x[j] = look_for(p.messages + at + index(chunk));
+            const float between = decay * (abs(chunk - t.chunk) - 1);
+            float scale = fast_exp2(x[j].base - base - between);
+            if (x[j].kind == kInState) {
+                __threadfence();
+                const State state = p.sums[at + index(chunk)];
+                scale = fast_exp2(static_cast<float>(state.m * kLog2E - base * (kNats * kLog2E) - between));
+                x[j].x = static_cast<float>(state.x), x[j].y = static_cast<float>(state.y);
+            }
+            const float scales[2] = {chunk < t.chunk ? scale : 0, chunk < t.chunk ? 0 : scale};
+            add(sums[0], scales[0], {x[j].x, x[j].y});
+            add(sums[1], scales[1], {x[j].x, x[j].y});
+        }
+    }
     // Each of a warp's two rows keeps the sums of one side.
-    const int side = this_row() % 2;
+    const int side = row % 2;
     const Pair sent = side == 0 ? sums[1] : sums[0], kept = side == 0 ? sums[0] : sums[1];
-    shared.parts[(side * shared.count + this_row() / 2) * kLanes + this_lane()] = {
+    shared.parts[(side * shared.count + row / 2) * kLanes + this_lane()] = {
         kept.x + __shfl_xor_sync(~0u, sent.x, kLanes), kept.y + __shfl_xor_sync(~0u, sent.y, kLanes)};
     __syncthreads();
-    if (this_row() < 2) {
+    if (row < 2) {
         Pair all = {0, 0};
         for (int i = 0; i < shared.count; ++i) {
-            add(all, 1, shared.parts[(this_row() * shared.count + i) * kLanes + this_lane()]);
+            add(all, 1, shared.parts[(row * shared.count + i) * kLanes + this_lane()]);
         }
         if (!within(all, limit)) atomicOr(&out_of_range(), 1u << this_lane());
-        incoming(p, phase, this_row()) = all;
+        incoming(p, phase, row) = all;
     }
     __syncthreads();
 #pragma unroll
     for (int from = 0; from < 2; ++from) {
-        const int rows_between = from == 0 ? this_row() : rows - 1 - this_row();
+        const int rows_between = from == 0 ? row : rows - 1 - row;
         add(in[from], fast_exp2(-channel.w * (rows_between * kRow)), incoming(p, phase, from));
     }
 }
 
-// Sets the counters to zero, for all blocks.
-__device__ inline void clear_arrivals(const Problem& p) {
-    const unsigned counters = 2 * p.call.batch * p.plan.slices;
-    for (unsigned i = blockIdx.x * blockDim.x + threadIdx.x; i < counters; i += gridDim.x * blockDim.x) {
-        p.arrivals[i] = 0;
-    }
+// No message is there yet, for all blocks.
+__device__ inline void clear_messages(const Problem& p) {
+    const int64_t count = int64_t(p.tiles) * (p.call.backward ? 4 : 2) * kLanes;
+    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int64_t i = first; i < count; i += int64_t(gridDim.x) * blockDim.x) send(p.messages + i, {0, 0, 0, kMissing});
     cooperative_groups::this_grid().sync();
 }
 
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, kGated ? 2 : 3)
             if constexpr (kGated) read_row(copies.staged(turn, 2), gate);
         };
         receive<T, kTensors, kNone, false>(p, t, channel, turn, e, ev, &reference, in, read_gate, [&] {
-            left = leave_sums(p, t, kForwardSums, resume, channel.row_decay, reference);
+            left = send_sums(p, t, kForwardSums, resume, channel.row_decay, reference);
             if (left) next();
         });
         if (!left) return kForwardSums;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, kGated ? 2 : 3)
         return kDone;
     };
     for_each_tile<T, kTensors, false>(
-        p, [&] { clear_arrivals(p); }, fast,
+        p, [&] { clear_messages(p); }, fast,
         [&](unsigned i, unsigned lanes, int phase) {
             phase == kDone ? exact_outputs<T>(p, i, lanes) : exact_sums<T>(p, i, lanes);
         });
@@ -140,11 +140,11 @@ __global__ void __launch_bounds__(kMaxThreads<false>, 2) one_pass_gradient_kerne
         AdjointRow x;
         bool left;
         x.receive<T, kNone>(p, t, channel, turn,
-                            [&] { left = leave_sums(p, t, kForwardSums, resume, channel.row_decay, x.reference); });
+                            [&] { left = send_sums(p, t, kForwardSums, resume, channel.row_decay, x.reference); });
         if (!left) return kForwardSums;
         add_tiles(p, t, kForwardSums, channel, x.reference, kLargest, x.in);
         x.share_adjoints(p, channel);
-        if (!leave_sums(p, t, kAdjointSums, resume, channel.row_decay, -x.reference)) return kAdjointSums;
+        if (!send_sums(p, t, kAdjointSums, resume, channel.row_decay, -x.reference)) return kAdjointSums;
         next();
         gather_rows(p, kAdjointSums, channel.row_decay, x.received, {}, x.adjoint);
         add_tiles(p, t, kAdjointSums, channel, -x.reference, kLargestAdjoint, x.adjoint);
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, 2) one_pass_gradient_kerne
         return kDone;
     };
     for_each_tile<T, 3, false>(
-        p, [&] { clear_arrivals(p); }, fast,
+        p, [&] { clear_messages(p); }, fast,
         [&](unsigned i, unsigned lanes, int phase) {
             if (phase == kForwardSums) exact_sums<T>(p, i, lanes);
             if (phase == kAdjointSums) exact_adjoint_sums<T>(p, i, lanes);
