@@ -53,7 +53,7 @@ struct Problem {
     int chunk_tokens;
     bool vectors;  // k, v, gy and r lie such that 16 bytes of a token can be copied at once
     Divisor by_group, by_chunks, by_groups;
-    State* sums;  // (phase, sample, slice, side, chunk, kLanes): what a chunk sends, then what it gets; chunks > 1
+    State* sums;  // (phase, sample, slice, chunk, side, kLanes): what a chunk sends, then what it gets; chunks > 1
     float* references;  // (sample, chunk, slice, kLanes): what a tile's weights are relative to, NaN for the exact path
     void* partials;     // (sample, chunk, slice, 2, kLanes): a tile's gw and gu; backward only
     Message* messages;  // like sums; one pass only
@@ -194,7 +194,7 @@ __device__ inline int64_t tile_index(const Problem& p, const Tile& t) {
 
 __device__ inline int64_t sums_index(const Problem& p, const Tile& t, Phase phase, int side) {
     const int64_t sequence = (phase * p.call.batch + t.sample) * p.plan.slices + t.slice;
-    return ((sequence * 2 + side) * p.plan.chunks + t.chunk) * kLanes + this_lane();
+    return ((sequence * p.plan.chunks + t.chunk) * 2 + side) * kLanes + this_lane();
 }
 
 // Of the tile and this lane. side 0: from the tokens on the left to those on the right; side 1: the other way.

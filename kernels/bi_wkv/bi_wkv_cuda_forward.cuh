@@ -43,24 +43,32 @@ __device__ inline int run_fast(const Problem& p, Place& place, Fast fast) {
     }
 }
 
-// All of the block's tiles; begin() is called once the first copies are under way. exact(number, lanes, phase) leaves
+// How the kernels begin that do not wait for other blocks. What they copy was there before the kernel before them.
+template <typename StartCopies>
+__device__ inline void begin_alone(StartCopies start_copies) {
+    start_copies();
+    wait_for_previous_kernel();
+}
+
+// All of the block's tiles; begin(start_copies) starts the first copies at its time. exact(number, lanes, phase) leaves
 // the sums of some lanes of a tile, or does them at last (kDone). It is called outside of the loop over the tiles, and
 // nothing stays in registers meanwhile: they would be spilled in that loop.
 template <typename T, int kTensors, bool kBackwards, typename Begin, typename Fast, typename Exact>
 __device__ inline void for_each_tile(const Problem& p, Begin begin, Fast fast, Exact exact) {
     if constexpr (kExactOnly<T>) {
-        begin();
+        begin([] {});
         for (unsigned i = blockIdx.x; i < p.tiles; i += gridDim.x) exact(i, kAllLanes, kDone);
     } else {
         __shared__ Place stopped;
         const Copies<T, kTensors> copies{p};
         if (threadIdx.x == 0) out_of_range() = 0;
         copies.prepare();
-        for (unsigned turn = 0; turn < p.plan.stages; ++turn) {
-            const unsigned i = blockIdx.x + turn * gridDim.x;
-            copies.start(i < p.tiles, kBackwards ? p.tiles - 1 - i : i, turn);
-        }
-        begin();
+        begin([&] {
+            for (unsigned turn = 0; turn < p.plan.stages; ++turn) {
+                const unsigned i = blockIdx.x + turn * gridDim.x;
+                copies.start(i < p.tiles, kBackwards ? p.tiles - 1 - i : i, turn);
+            }
+        });
         Place place = {blockIdx.x, 0, {}};
         while (place.i < p.tiles) {
             const int phase = run_fast<T, kTensors, kBackwards>(p, place, fast);
@@ -105,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads<true>, 8) sums_kernel(const __grid
         return kDone;
     };
     for_each_tile<T, 2, false>(
-        p, [] { wait_for_previous_kernel(); }, fast,
+        p, [](auto start_copies) { begin_alone(start_copies); }, fast,
         [&](unsigned i, unsigned lanes, int) { exact_sums<T>(p, i, lanes); });
 }
 
@@ -290,7 +298,7 @@ __global__ void __launch_bounds__(kMaxThreads<kMany>, output_blocks(kMany, kGate
     };
     // The last tiles first: theirs are the tokens that sums_kernel left in the L2 cache.
     for_each_tile<T, kTensors, kMany>(
-        p, [] { wait_for_previous_kernel(); }, fast,
+        p, [](auto start_copies) { begin_alone(start_copies); }, fast,
         [&](unsigned i, unsigned lanes, int) { exact_outputs<T>(p, i, lanes); });
 }
 

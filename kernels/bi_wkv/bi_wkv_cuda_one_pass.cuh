@@ -4,6 +4,8 @@
 
 #include <cooperative_groups.h>
 
+#include <utility>
+
 #include "bi_wkv/bi_wkv_cuda_backward.cuh"
 
 namespace bi_wkv {
@@ -29,6 +31,20 @@ __device__ inline bool send_sums(const Problem& p, const Tile& t, Phase phase, c
     return true;
 }
 
+// A message that was not there yet or lies in a State, in the latter case times what brings it to 2^-base, `between`
+// away. It is a function of its own so that its numbers take no registers elsewhere.
+static __device__ __noinline__ Message await(const Message* from, const State* state, float base, float between) {
+    Message x = look_for(from);
+    while (x.kind == kMissing) x = look_for(from);
+    if (x.kind == kInState) {
+        __threadfence();
+        const double exponent = state->m * kLog2E - base * (kNats * kLog2E) - between;
+        const float scale = fast_exp2(static_cast<float>(exponent));
+        x.x = static_cast<float>(state->x) * scale, x.y = static_cast<float>(state->y) * scale;
+    }
+    return x;
+}
+
 // Waits for the sums of the sequence's other tiles and adds up what they send to this one, relative to base. in: what
 // the tile's rows send to the thread's row; afterwards with what comes from beyond the tile.
 __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, const Channel& channel, float base,
@@ -36,37 +52,27 @@ __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, c
     const int rows = p.plan.rows, row = this_row(), chunks = p.plan.chunks;
     const Shared shared = shared_parts(p);
     const float decay = channel.w * p.chunk_tokens;
-    Tile first = t;
-    first.chunk = 0;
-    const int64_t at = sums_index(p, first, phase, 0);
+    const int64_t at = sums_index(p, {t.sample, t.slice, 0}, phase, 0);
+    const Message* messages = p.messages + at;
     Pair sums[2] = {};
     constexpr int kBatch = 4;  // messages asked for together
-    // Each row takes every rows-th tile. Those behind the present one are those of the other side.
-    const auto index = [&](int chunk) { return (chunk + (chunk > t.chunk ? chunks : 0)) * kLanes; };
-    const auto is_other = [&](int chunk) { return chunk < chunks && chunk != t.chunk; };
+    // Each row takes every rows-th tile, the present one among them. Behind it, what is sent to the left counts.
+    const auto index = [&](int chunk) { return (2 * chunk + (chunk > t.chunk)) * kLanes; };
     for (int begin = row; begin < chunks; begin += kBatch * rows) {
         Message x[kBatch];
 #pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-            const int chunk = begin + j * rows;
-            if (is_other(chunk)) x[j] = look_for(p.messages + at + index(chunk));
-        }
+        for (int j = 0; j < kBatch; ++j) x[j] = look_for(messages + index(min(begin + j * rows, chunks - 1)));
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
             const int chunk = begin + j * rows;
-            if (!is_other(chunk)) continue;
-            while (x[j].kind == kMissing) x[j] = look_for(p.messages + at + index(chunk));
             const float between = decay * (abs(chunk - t.chunk) - 1);
             float scale = fast_exp2(x[j].base - base - between);
-            if (x[j].kind == kInState) {
-                __threadfence();
-                const State state = p.sums[at + index(chunk)];
-                scale = fast_exp2(static_cast<float>(state.m * kLog2E - base * (kNats * kLog2E) - between));
-                x[j].x = static_cast<float>(state.x), x[j].y = static_cast<float>(state.y);
+            if (x[j].kind != kPlain && chunk < chunks) {
+                x[j] = await(messages + index(chunk), p.sums + at + index(chunk), base, between);
+                scale = x[j].kind == kPlain ? fast_exp2(x[j].base - base - between) : 1;
             }
-            const float scales[2] = {chunk < t.chunk ? scale : 0, chunk < t.chunk ? 0 : scale};
-            add(sums[0], scales[0], {x[j].x, x[j].y});
-            add(sums[1], scales[1], {x[j].x, x[j].y});
+            add(sums[0], chunk < t.chunk ? scale : 0, {x[j].x, x[j].y});
+            add(sums[1], chunk > t.chunk && chunk < chunks ? scale : 0, {x[j].x, x[j].y});
         }
     }
     // Each of a warp's two rows keeps the sums of one side.
@@ -91,12 +97,21 @@ __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, c
     }
 }
 
-// No message is there yet, for all blocks.
+// No message is there yet.
 __device__ inline void clear_messages(const Problem& p) {
     const int64_t count = int64_t(p.tiles) * (p.call.backward ? 4 : 2) * kLanes;
     const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     for (int64_t i = first; i < count; i += int64_t(gridDim.x) * blockDim.x) send(p.messages + i, {0, 0, 0, kMissing});
-    cooperative_groups::this_grid().sync();
+}
+
+// For all blocks; what they wait for must not stand behind the first copies.
+template <typename StartCopies>
+__device__ inline void begin_together(const Problem& p, StartCopies start_copies) {
+    clear_messages(p);
+    const auto grid = cooperative_groups::this_grid();
+    auto token = grid.barrier_arrive();
+    start_copies();
+    grid.barrier_wait(std::move(token));
 }
 
 // A block takes its tiles in order, and no two of one sequence and slice: those of the first unfinished one are all
@@ -127,7 +142,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, kGated ? 2 : 3)
         return kDone;
     };
     for_each_tile<T, kTensors, false>(
-        p, [&] { clear_messages(p); }, fast,
+        p, [&](auto start_copies) { begin_together(p, start_copies); }, fast,
         [&](unsigned i, unsigned lanes, int phase) {
             phase == kDone ? exact_outputs<T>(p, i, lanes) : exact_sums<T>(p, i, lanes);
         });
@@ -152,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, 2) one_pass_gradient_kerne
         return kDone;
     };
     for_each_tile<T, 3, false>(
-        p, [&] { clear_messages(p); }, fast,
+        p, [&](auto start_copies) { begin_together(p, start_copies); }, fast,
         [&](unsigned i, unsigned lanes, int phase) {
             if (phase == kForwardSums) exact_sums<T>(p, i, lanes);
             if (phase == kAdjointSums) exact_adjoint_sums<T>(p, i, lanes);
