@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads<true>, 4) adjoint_sums_kernel(cons
         return kDone;
     };
     for_each_tile<T, 3, true>(
-        p, [](auto start_copies) { begin_alone(start_copies); }, fast,
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
         [&](unsigned i, unsigned lanes, int) { exact_adjoint_sums<T>(p, i, lanes); });
 }
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kMaxThreads<kMany>, kMany ? 4 : 2)
     };
     // The other way round than adjoint_sums_kernel, whose last tiles are still in the L2 cache.
     for_each_tile<T, 3, false>(
-        p, [](auto start_copies) { begin_alone(start_copies); }, fast,
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
         [&](unsigned i, unsigned lanes, int) { exact_gradients<T>(p, i, lanes); });
 }
 

@@ -34,12 +34,14 @@ struct Copies {
 
     // Once, before everything else; all threads.
     __device__ void prepare() const {
+#if __CUDA_ARCH__ >= 900
         if (threadIdx.x == 0) {
             for (int stage = 0; stage < kMostStages; ++stage) {
                 asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier(stage)) : "memory");
             }
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         }
+#endif
         __syncthreads();
     }
 

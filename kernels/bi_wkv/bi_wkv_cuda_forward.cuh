@@ -24,10 +24,9 @@ struct Place {
 // kDone, or the phase whose sums it could not leave. Stops behind the first tile with lanes out of range, or the last;
 // returns what fast returned.
 template <typename T, int kTensors, bool kBackwards, typename Fast>
-__device__ inline int run_fast(const Problem& p, Place& place, Fast fast) {
+__device__ inline int run_fast(const Problem& p, Place& place, Channel channel, Fast fast) {
     const auto at = [&](unsigned i) { return locate(p, kBackwards ? p.tiles - 1 - i : i); };
     Tile t = at(place.i);
-    Channel channel = load_channel(p, t);
     while (true) {
         const int phase = fast(t, channel, place.turn, place.resume, [&] {
             const unsigned ahead = p.plan.stages * gridDim.x, i = place.i + ahead;
@@ -44,38 +43,41 @@ __device__ inline int run_fast(const Problem& p, Place& place, Fast fast) {
 }
 
 // How the kernels begin that do not wait for other blocks. What they copy was there before the kernel before them.
-template <typename StartCopies>
-__device__ inline void begin_alone(StartCopies start_copies) {
-    start_copies();
+template <typename LoadChannel, typename StartCopies>
+__device__ inline void begin_alone(const Problem& p, LoadChannel load_channel, StartCopies start_copies) {
+    for (int turn = 0; turn < p.plan.stages; ++turn) start_copies(turn);
     wait_for_previous_kernel();
+    load_channel();
 }
 
-// All of the block's tiles; begin(start_copies) starts the first copies at its time. exact(number, lanes, phase) leaves
+// All of the block's tiles; begin(load_channel, start_copies) has to call the first, and the other for each stage, at
+// its time. exact(number, lanes, phase) leaves
 // the sums of some lanes of a tile, or does them at last (kDone). It is called outside of the loop over the tiles, and
 // nothing stays in registers meanwhile: they would be spilled in that loop.
 template <typename T, int kTensors, bool kBackwards, typename Begin, typename Fast, typename Exact>
 __device__ inline void for_each_tile(const Problem& p, Begin begin, Fast fast, Exact exact) {
     if constexpr (kExactOnly<T>) {
-        begin([] {});
+        begin([] {}, [](int) {});
         for (unsigned i = blockIdx.x; i < p.tiles; i += gridDim.x) exact(i, kAllLanes, kDone);
     } else {
         __shared__ Place stopped;
         const Copies<T, kTensors> copies{p};
+        const auto number = [&](unsigned i) { return kBackwards ? p.tiles - 1 - i : i; };
         if (threadIdx.x == 0) out_of_range() = 0;
         copies.prepare();
-        begin([&] {
-            for (unsigned turn = 0; turn < p.plan.stages; ++turn) {
-                const unsigned i = blockIdx.x + turn * gridDim.x;
-                copies.start(i < p.tiles, kBackwards ? p.tiles - 1 - i : i, turn);
-            }
-        });
+        Channel channel;
+        const auto start_copies = [&](int turn) {
+            const unsigned i = blockIdx.x + turn * gridDim.x;
+            copies.start(i < p.tiles, number(i), turn);
+        };
+        begin([&] { channel = load_channel(p, locate(p, number(blockIdx.x))); }, start_copies);
         Place place = {blockIdx.x, 0, {}};
         while (place.i < p.tiles) {
-            const int phase = run_fast<T, kTensors, kBackwards>(p, place, fast);
+            const int phase = run_fast<T, kTensors, kBackwards>(p, place, channel, fast);
             const unsigned lanes = out_of_range();
             if (!lanes) return;
             if (threadIdx.x == 0) stopped = place;
-            exact(kBackwards ? p.tiles - 1 - place.i : place.i, lanes, phase);
+            exact(number(place.i), lanes, phase);
             __syncthreads();
             place = stopped;
             if (phase == kDone) {
@@ -86,6 +88,7 @@ __device__ inline void for_each_tile(const Problem& p, Begin begin, Fast fast, E
             __syncthreads();
             if (threadIdx.x == 0) out_of_range() = 0;
             __syncthreads();
+            channel = load_channel(p, locate(p, number(min(place.i, p.tiles - 1))));
         }
     }
 }
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(kMaxThreads<true>, 8) sums_kernel(const __grid
         return kDone;
     };
     for_each_tile<T, 2, false>(
-        p, [](auto start_copies) { begin_alone(start_copies); }, fast,
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
         [&](unsigned i, unsigned lanes, int) { exact_sums<T>(p, i, lanes); });
 }
 
@@ -298,7 +301,7 @@ __global__ void __launch_bounds__(kMaxThreads<kMany>, output_blocks(kMany, kGate
     };
     // The last tiles first: theirs are the tokens that sums_kernel left in the L2 cache.
     for_each_tile<T, kTensors, kMany>(
-        p, [](auto start_copies) { begin_alone(start_copies); }, fast,
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
         [&](unsigned i, unsigned lanes, int) { exact_outputs<T>(p, i, lanes); });
 }
 

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
+#include <tuple>
 
 #include "bi_wkv/bi_wkv_cuda_one_pass.cuh"
 
@@ -25,15 +27,21 @@ inline int attribute(cudaDeviceAttr which) {
 
 using Kernel = void (*)(Problem);
 
-// Blocks that run at the same time.
+// Blocks that run at the same time. What CUDA answers is kept: asking takes a microsecond.
 inline int64_t resident_blocks(Kernel kernel, const Plan& plan, int shared) {
-    constexpr int kSharedWithoutAsking = 48 * 1024;
-    if (shared > kSharedWithoutAsking) {
+    int device = 0;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    static thread_local std::map<std::tuple<int, Kernel, int, int>, int64_t> known;
+    const std::tuple key(device, kernel, plan.rows, shared);
+    if (const auto place = known.find(key); place != known.end()) return place->second;
+    cudaFuncAttributes allowed{};
+    C10_CUDA_CHECK(cudaFuncGetAttributes(&allowed, kernel));
+    if (shared > allowed.maxDynamicSharedSizeBytes) {  // 48 KB without asking
         C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     }
     int resident = 0;
     C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, plan.rows * kLanes, shared));
-    return int64_t(resident) * plan.processors;
+    return known[key] = int64_t(resident) * plan.processors;
 }
 
 inline int tensors_of(const Call& call) { return call.backward || call.r ? 3 : 2; }
@@ -74,28 +82,41 @@ Kernel one_pass_kernel(const Call& call) {
     return call.r ? one_pass_output_kernel<T, true> : one_pass_output_kernel<T, false>;
 }
 
-// Rows of a tile where sequences are cut into several: fewer than `most` if there would be too few tiles.
-inline int rows_of_many(const Call& call, const Plan& plan, int most) {
+// Rows of a tile where sequences are cut into several and several kernels go over them: fewer than the most if there
+// would be too few tiles.
+inline int rows_of_many(const Call& call, const Plan& plan) {
     const auto chunks = [&](int rows) { return divide_up(call.tokens, rows * kRow); };
-    int rows = most;
+    int rows = kMaxRowsOfMany;
     while (rows > kFewestRows && call.batch * plan.slices * chunks(rows) < kTilesPerProcessor * plan.processors)
         rows -= 2;
     const int64_t balanced = 2 * divide_up(divide_up(call.tokens, chunks(rows)), 2 * kRow);
     return static_cast<int>(std::max<int64_t>(kFewestRows, balanced));
 }
 
-// Whether a long sequence's tiles can be on chip at the same time; then sets what the kernel needs for that.
+// Whether a long sequence's tiles can be on chip at the same time; then sets what the kernel needs for that. Of all
+// sizes of a tile it takes the one with which the busiest processor has least to do, counted in rows: a tile's rows,
+// the messages of the sequence, of which kMessages cost about as much as a row, and kWaiting rows of waiting each turn.
 template <typename T>
 bool plan_one_pass(const Call& call, Plan& plan) {
     if (!attribute(cudaDevAttrCooperativeLaunch)) return false;
-    plan.rows = rows_of_many(call, plan, kMaxRows);
-    const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
-    const int64_t resident = plan_stages<T>(call, one_pass_kernel<T>(call), plan);
-    if (chunks > std::min(resident, kMostTogether)) return false;
-    while (plan.slices % plan.group != 0 || plan.group * chunks > resident) --plan.group;
-    const int64_t turns = divide_up(tiles, resident);
-    plan.blocks = static_cast<int>(std::max(divide_up(tiles, turns), plan.group * chunks));
-    return true;
+    constexpr int64_t kMessages = 25, kWaiting = 8;
+    int64_t least = std::numeric_limits<int64_t>::max();
+    Plan best{};
+    for (plan.rows = kMaxRows; plan.rows >= kFewestRows; plan.rows -= 2) {
+        const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;
+        const int64_t resident = plan_stages<T>(call, one_pass_kernel<T>(call), plan);
+        if (chunks > std::min(resident, kMostTogether)) break;
+        const int64_t turns = divide_up(tiles, resident);
+        const int64_t work = plan.rows * kMessages + chunks,
+                      cost = divide_up(tiles, plan.processors) * work + turns * kWaiting * kMessages;
+        if (cost >= least) continue;
+        least = cost;
+        best = plan;
+        while (best.slices % best.group != 0 || best.group * chunks > resident) --best.group;
+        best.blocks = static_cast<int>(std::max(divide_up(tiles, turns), best.group * chunks));
+    }
+    plan = best.blocks > 0 ? best : plan;
+    return best.blocks > 0;
 }
 
 template <typename T>
@@ -107,11 +128,11 @@ Plan make_plan(const Call& call) {
     const bool many = call.tokens > kMaxRows * kRow;
     plan.rows = static_cast<int>(std::min<int64_t>(kMaxRows, 2 * divide_up(call.tokens, 2 * kRow)));
     if constexpr (kExactOnly<T>) {
-        if (many) plan.rows = rows_of_many(call, plan, kMaxRowsOfMany);
+        if (many) plan.rows = rows_of_many(call, plan);
     } else if (!many) {
         plan_stages<T>(call, last_kernel<T>(call, false), plan);
     } else if (!plan_one_pass<T>(call, plan)) {
-        plan.rows = rows_of_many(call, plan, kMaxRowsOfMany);
+        plan.rows = rows_of_many(call, plan);
         plan_stages<T>(call, last_kernel<T>(call, true), plan);
     }
     const int64_t chunks = divide_up(call.tokens, plan.rows * kRow), tiles = call.batch * plan.slices * chunks;

@@ -57,7 +57,7 @@ __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, c
     Pair sums[2] = {};
     constexpr int kBatch = 4;  // messages asked for together
     // Each row takes every rows-th tile, the present one among them. Behind it, what is sent to the left counts.
-    const auto index = [&](int chunk) { return (2 * chunk + (chunk > t.chunk)) * kLanes; };
+    const auto index = [&](int chunk) { return unsigned(2 * chunk + (chunk > t.chunk)) * kLanes; };
     for (int begin = row; begin < chunks; begin += kBatch * rows) {
         Message x[kBatch];
 #pragma unroll
@@ -65,14 +65,14 @@ __device__ inline void add_tiles(const Problem& p, const Tile& t, Phase phase, c
 #pragma unroll
         for (int j = 0; j < kBatch; ++j) {
             const int chunk = begin + j * rows;
-            const float between = decay * (abs(chunk - t.chunk) - 1);
+            const float away = chunk - t.chunk, between = fmaf(fabsf(away), decay, -decay);
             float scale = fast_exp2(x[j].base - base - between);
             if (x[j].kind != kPlain && chunk < chunks) {
                 x[j] = await(messages + index(chunk), p.sums + at + index(chunk), base, between);
                 scale = x[j].kind == kPlain ? fast_exp2(x[j].base - base - between) : 1;
             }
-            add(sums[0], chunk < t.chunk ? scale : 0, {x[j].x, x[j].y});
-            add(sums[1], chunk > t.chunk && chunk < chunks ? scale : 0, {x[j].x, x[j].y});
+            add(sums[0], away < 0 ? scale : 0, {x[j].x, x[j].y});
+            add(sums[1], away > 0 && chunk < chunks ? scale : 0, {x[j].x, x[j].y});
         }
     }
     // Each of a warp's two rows keeps the sums of one side.
@@ -104,14 +104,17 @@ __device__ inline void clear_messages(const Problem& p) {
     for (int64_t i = first; i < count; i += int64_t(gridDim.x) * blockDim.x) send(p.messages + i, {0, 0, 0, kMissing});
 }
 
-// For all blocks; what they wait for must not stand behind the first copies.
-template <typename StartCopies>
-__device__ inline void begin_together(const Problem& p, StartCopies start_copies) {
+// For all blocks. Whatever is loaded while copies are under way comes behind them: the first come late, the others once
+// the blocks know of each other.
+template <typename LoadChannel, typename StartCopies>
+__device__ inline void begin_together(const Problem& p, LoadChannel load_channel, StartCopies start_copies) {
     clear_messages(p);
+    load_channel();
     const auto grid = cooperative_groups::this_grid();
     auto token = grid.barrier_arrive();
-    start_copies();
+    start_copies(0);
     grid.barrier_wait(std::move(token));
+    for (int turn = 1; turn < p.plan.stages; ++turn) start_copies(turn);
 }
 
 // A block takes its tiles in order, and no two of one sequence and slice: those of the first unfinished one are all
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, kGated ? 2 : 3)
         return kDone;
     };
     for_each_tile<T, kTensors, false>(
-        p, [&](auto start_copies) { begin_together(p, start_copies); }, fast,
+        p, [&](auto channel, auto copies) { begin_together(p, channel, copies); }, fast,
         [&](unsigned i, unsigned lanes, int phase) {
             phase == kDone ? exact_outputs<T>(p, i, lanes) : exact_sums<T>(p, i, lanes);
         });
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads<false>, 2) one_pass_gradient_kerne
         return kDone;
     };
     for_each_tile<T, 3, false>(
-        p, [&](auto start_copies) { begin_together(p, start_copies); }, fast,
+        p, [&](auto channel, auto copies) { begin_together(p, channel, copies); }, fast,
         [&](unsigned i, unsigned lanes, int phase) {
             if (phase == kForwardSums) exact_sums<T>(p, i, lanes);
             if (phase == kAdjointSums) exact_adjoint_sums<T>(p, i, lanes);
