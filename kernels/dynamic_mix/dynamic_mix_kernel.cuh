@@ -1,0 +1,298 @@
+// The kernels of dynamic_mix_cuda.cu; the plan is in README.md.
+//
+// Operands of the warps' matrix products are laid out so that nothing is exchanged between lanes: lane 4g + q holds
+// channels 4q .. 4q + 3 of a group of 16, of the tokens g and g + 8 of its warp's 16. To the instruction these are
+// columns 2q, 2q + 1, 2q + 8 and 2q + 9; the weights are packed in the same order.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "divisor.cuh"
+#include "rows.cuh"
+
+namespace dynamic_mix {
+
+using namespace rows;
+
+constexpr int kTile = 16;    // tokens of a warp
+constexpr int kGroup = 16;   // channels taken at a time
+constexpr int kMixes = 5;    // of decay, key, value, receptance and gate; there is one more, which blends for these
+constexpr int kRank = 32;    // of each of them
+constexpr int kDecayRank = 64;
+constexpr int kMixBlocks = kMixes * kRank / 16, kDecayBlocks = kDecayRank / 16;
+constexpr int kThreads = 128, kBlocksAProcessor = 4;
+
+struct Args {
+    int rows, channels, tokens, height, width, pixels, dim, quarter;  // quarter: channels that move one way
+    Divisor by_tokens, by_width;
+    const float* mix[1 + kMixes];
+    const float *weight, *bias, *stats;                       // null without a norm
+    const uint4 *mix_down, *mix_up, *decay_down, *decay_up;  // packed; down: from the channels, up: to them
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float x, float y);
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float x, float y) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float x, float y) {
+    const __half2 both = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// Weights
+// -------------------------------------------------------------------------------------------------------
+
+// A matrix (rows, columns) on its way to blocks of 16 x 16, each 32 lanes' right operands. down: its rows are channels,
+// and the blocks of a group of channels lie together; else its columns are.
+struct Packing {
+    const float* from;
+    uint4* to;
+    int rows, columns;
+    bool down;
+};
+
+constexpr int kPacked = 4;
+struct Packings {
+    Packing of[kPacked];
+};
+
+template <typename T>
+__global__ void pack_weights(const __grid_constant__ Packings all) {
+    const Packing& mine = all.of[blockIdx.y];
+    const int inner = (mine.down ? mine.columns : mine.rows) / 16, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const int block = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    if (block >= mine.rows / 16 * (mine.columns / 16)) return;
+    const int outer_first = block / inner * 16, inner_first = block % inner * 16;
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int tile = i / 2, half = i % 2;
+        float pair[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int row = mine.down ? outer_first + 4 * q + 2 * half + j : inner_first + 2 * q + 8 * half + j;
+            const int column =
+                mine.down ? inner_first + 8 * tile + g : outer_first + 4 * (g / 2) + 2 * tile + g % 2;
+            pair[j] = mine.from[static_cast<int64_t>(row) * mine.columns + column];
+        }
+        out[i] = pack<T>(pair[0], pair[1]);
+    }
+    mine.to[block * 32 + lane] = make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Products
+// -------------------------------------------------------------------------------------------------------
+
+struct Sum {
+    float x[4];
+};
+
+// c += a b, 16 x 16 by 16 x 8.
+template <typename T>
+__device__ __forceinline__ void multiply(Sum& c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same<T, __half>::value) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+}
+
+// Both halves of 16 columns.
+template <typename T>
+__device__ __forceinline__ void multiply(Sum (&c)[2], const uint32_t (&a)[4], const uint4* block) {
+    const uint4 b = __ldg(block);
+    multiply<T>(c[0], a, b.x, b.y);
+    multiply<T>(c[1], a, b.z, b.w);
+}
+
+// tanh of 16 columns of sums, as a left operand.
+template <typename T>
+__device__ __forceinline__ void tanh_operand(const Sum (&sums)[2], uint32_t (&out)[4]) {
+    const auto tanh_of = [](float x) {
+        float y;
+        asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return y;
+    };
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float* pair = sums[i / 2].x + i % 2 * 2;
+        out[i] = pack<T>(tanh_of(pair[0]), tanh_of(pair[1]));
+    }
+}
+
+// Sums of 16 columns in the order of channels: 0 .. 3 of token g, 4 .. 7 of token g + 8.
+__device__ __forceinline__ float channel_of(const Sum (&sums)[2], int i) {
+    return sums[i % 4 / 2].x[i / 4 * 2 + i % 2];
+}
+
+template <typename T>
+__device__ __forceinline__ void operand(const float (&values)[8], uint32_t (&out)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (i % 2) + 2 * (i / 2);
+        out[i] = pack<T>(values[at], values[at + 1]);
+    }
+}
+
+// Tokens
+// -------------------------------------------------------------------------------------------------------
+
+// One of a lane's two tokens.
+struct Token {
+    int index, row, column;  // row: negative for a token past the map, which is not shifted
+    bool on;
+    float2 stats;
+
+    __device__ void place(const Args& args, int at) {
+        on = at < args.rows;
+        index = min(at, args.rows - 1);
+        const int position = index - static_cast<int>(args.by_tokens.divide(index)) * args.tokens;
+        row = static_cast<int>(args.by_width.divide(position));
+        column = position - row * args.width;
+        if (position >= args.height * args.width) row = -1;
+        stats = args.stats ? reinterpret_cast<const float2*>(args.stats)[index] : make_float2(0, 1);
+    }
+
+    // Where the channels of a direction come from; `inside`: whether that is on the map.
+    __device__ int source(const Args& args, int direction, bool& inside) const {
+        const int step = direction % 2 ? args.pixels : -args.pixels;
+        const bool horizontal = direction < 2;
+        const int at = (horizontal ? column : row) + step, limit = horizontal ? args.width : args.height;
+        const bool stays = direction == 4 || row < 0;
+        inside = stays || (at >= 0 && at < limit);
+        return index + (stays || !inside ? 0 : horizontal ? step : step * args.width);
+    }
+};
+
+// Normalised values of a group's channels, and how far those of the neighbours are from them.
+template <typename X>
+__device__ __forceinline__ void read(const Args& args, const X* x, const Token (&tokens)[2], int channel,
+                                     float (&own)[8], float (&apart)[8]) {
+    const int direction = min(channel % args.dim / args.quarter, 4);
+    Pack<X, 4> here[2], there[2];
+    float2 far_stats[2];
+    bool inside[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        const int source = tokens[k].source(args, direction, inside[k]);
+        here[k] = *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(tokens[k].index) * args.channels +
+                                                       channel);
+        there[k] = *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(source) * args.channels + channel);
+        far_stats[k] = args.stats ? reinterpret_cast<const float2*>(args.stats)[source] : make_float2(0, 1);
+    }
+    float weight[4] = {1, 1, 1, 1}, bias[4] = {0, 0, 0, 0};
+    if (args.weight) {
+        load(args.weight + channel, weight);
+        load(args.bias + channel, bias);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int k = i / 4, j = i % 4;
+        own[i] = (to_float(here[k].values[j]) - tokens[k].stats.x) * tokens[k].stats.y * weight[j] + bias[j];
+        const float far = (to_float(there[k].values[j]) - far_stats[k].x) * far_stats[k].y * weight[j] + bias[j];
+        apart[i] = (inside[k] ? far : 0.0f) - own[i];
+    }
+}
+
+// From the tokens x (rows, channels) to the inputs `out` of key, value, receptance and gate, (4, rows, channels), and
+// the decay `raw`, (rows, channels).
+template <typename X, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAProcessor)
+    mix_tokens(const __grid_constant__ Args args, const X* __restrict__ x, T* __restrict__ out, T* __restrict__ raw) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, groups = args.channels / kGroup;
+    const int first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * kTile;
+    if (first >= args.rows) return;
+    Token tokens[2];
+    tokens[0].place(args, first + g);
+    tokens[1].place(args, first + g + 8);
+
+    uint32_t z[kMixBlocks][4];
+    {
+        Sum sums[kMixBlocks][2] = {};
+#pragma unroll 1
+        for (int group = 0; group < groups; ++group) {
+            const int channel = group * kGroup + 4 * q;
+            float values[8], apart[8], mix[4];
+            read(args, x, tokens, channel, values, apart);
+            load(args.mix[0] + channel, mix);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) values[i] += apart[i] * mix[i % 4];
+            uint32_t a[4];
+            operand<T>(values, a);
+#pragma unroll
+            for (int n = 0; n < kMixBlocks; ++n) {
+                multiply<T>(sums[n], a, args.mix_down + (group * kMixBlocks + n) * 32 + lane);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < kMixBlocks; ++n) tanh_operand<T>(sums[n], z[n]);
+    }
+
+    Sum decay[kDecayBlocks][2] = {};
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+        const int channel = group * kGroup + 4 * q;
+        float own[8], apart[8];
+        read(args, x, tokens, channel, own, apart);
+#pragma unroll
+        for (int i = 0; i < kMixes; ++i) {
+            float mix[4], values[8];
+            load(args.mix[1 + i] + channel, mix);
+            Sum delta[2] = {};
+#pragma unroll
+            for (int n = 2 * i; n < 2 * i + 2; ++n) {
+                multiply<T>(delta, z[n], args.mix_up + (group * kMixBlocks + n) * 32 + lane);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) values[j] = own[j] + apart[j] * (mix[j % 4] + channel_of(delta, j));
+            if (i == 0) {
+                uint32_t a[4];
+                operand<T>(values, a);
+#pragma unroll
+                for (int n = 0; n < kDecayBlocks; ++n) {
+                    multiply<T>(decay[n], a, args.decay_down + (group * kDecayBlocks + n) * 32 + lane);
+                }
+                continue;
+            }
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const float part[4] = {values[4 * k], values[4 * k + 1], values[4 * k + 2], values[4 * k + 3]};
+                const int64_t row = static_cast<int64_t>(i - 1) * args.rows + tokens[k].index;
+                if (tokens[k].on) store(out + row * args.channels + channel, part);
+            }
+        }
+    }
+
+    uint32_t a[kDecayBlocks][4];
+#pragma unroll
+    for (int n = 0; n < kDecayBlocks; ++n) tanh_operand<T>(decay[n], a[n]);
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+        Sum sums[2] = {};
+#pragma unroll
+        for (int n = 0; n < kDecayBlocks; ++n) {
+            multiply<T>(sums, a[n], args.decay_up + (group * kDecayBlocks + n) * 32 + lane);
+        }
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            float part[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) part[j] = channel_of(sums, 4 * k + j);
+            const int64_t row = tokens[k].index;
+            if (tokens[k].on) store(raw + row * args.channels + group * kGroup + 4 * q, part);
+        }
+    }
+}
+
+}  // namespace dynamic_mix
