@@ -58,24 +58,25 @@ Tensor attention(const Tensor& k, const Tensor& v, const Tensor& r, const Tensor
     static const auto decays = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::log_decay");
     static const auto wkv =
         find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::wkv6");
-    static const auto norm_gate = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t,
-                                              double, at::ScalarType)>("vision_rwkv::norm_gate");
+    static const auto norm_gate =
+        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double, at::ScalarType)>(
+            "vision_rwkv::norm_gate");
     // The sum over the tokens is not bounded, and float16 ends at 65504; the norm that follows takes any size.
     const auto inner = how.dtype == at::kHalf ? at::kFloat : how.dtype;
     const auto by_head = [&](const Tensor& x) { return x.unflatten(-1, heads.bonus.sizes()); };
     const Tensor w = decays.call(raw, heads.decay);
-    const Tensor y = wkv.call(by_head(r.to(inner)), by_head(k.to(inner)), by_head(v.to(inner)), by_head(w), heads.bonus)
-                         .flatten(2);
+    const Tensor y =
+        wkv.call(by_head(r.to(inner)), by_head(k.to(inner)), by_head(v.to(inner)), by_head(w), heads.bonus).flatten(2);
     return norm_gate.call(y, gate, heads.weight, heads.bias, how.heads, heads.eps, how.dtype);
 }
 
 // What the spatial mix adds to the tokens, normalised first where the norm has a weight.
 Tensor spatial_mix(const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
                    const LayerNorm& norm, const MaybeTensor& stats, const Heads& heads, const Manner& how) {
-    static const auto op = find<std::vector<Tensor>(
-        const Tensor&, at::TensorList, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&,
-        const MaybeTensor&, double, SymInt, SymInt, int64_t, double, int64_t, at::ScalarType)>(
-        "vision_rwkv::dynamic_linear");
+    static const auto op =
+        find<std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList, at::TensorList, const MaybeTensor&,
+                                 const MaybeTensor&, const MaybeTensor&, double, SymInt, SymInt, int64_t, double,
+                                 int64_t, at::ScalarType)>("vision_rwkv::dynamic_linear");
     const auto inputs = op.call(x, mixes, ranks, maps.slice(0, kInputs), norm.weight, norm.bias, stats, norm.eps,
                                 how.height, how.width, how.pixels, how.gamma, how.heads, how.dtype);
     const Tensor y = attention(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], heads, how);
@@ -127,12 +128,14 @@ bool recorded(std::initializer_list<at::TensorList> lists) {
 
 // Arguments as those of vrwkv_block, and: ranks, the low-rank factors of mixes and decay; decay, bonus; the norm of the
 // heads.
-std::tuple<Tensor, Tensor> vrwkv6_block(
-    const Tensor& x, const MaybeTensor& stats, at::TensorList norms, double eps1, double eps2,
-    std::optional<double> next_eps, bool post_norm, at::TensorList mixes, at::TensorList maps, at::TensorList ranks,
-    const Tensor& decay, const Tensor& bonus, const Tensor& head_weight, const Tensor& head_bias, double head_eps,
-    const MaybeTensor& gamma1, const MaybeTensor& gamma2, const MaybeTensor& scale1, const MaybeTensor& scale2,
-    SymInt height, SymInt width, int64_t pixels, double gamma, at::ScalarType dtype) {
+std::tuple<Tensor, Tensor> vrwkv6_block(const Tensor& x, const MaybeTensor& stats, at::TensorList norms, double eps1,
+                                        double eps2, std::optional<double> next_eps, bool post_norm,
+                                        at::TensorList mixes, at::TensorList maps, at::TensorList ranks,
+                                        const Tensor& decay, const Tensor& bonus, const Tensor& head_weight,
+                                        const Tensor& head_bias, double head_eps, const MaybeTensor& gamma1,
+                                        const MaybeTensor& gamma2, const MaybeTensor& scale1, const MaybeTensor& scale2,
+                                        SymInt height, SymInt width, int64_t pixels, double gamma,
+                                        at::ScalarType dtype) {
     TORCH_CHECK(norms.size() == kNorms && mixes.size() == kMixes && maps.size() == kMaps, "vrwkv6_block: expected ",
                 kNorms, " tensors of norms, ", kMixes, " mixes and ", kMaps, " maps, got ", norms.size(), ", ",
                 mixes.size(), " and ", maps.size());
@@ -155,9 +158,8 @@ std::tuple<Tensor, Tensor> vrwkv6_block(
                                  post_norm ? none : ln1, stats, heads, how);
     const auto [middle, middle_stats] = residual(x, z, std::nullopt, post_norm ? ln1 : none, gamma1, scale1,
                                                  post_norm ? std::nullopt : std::optional(eps2));
-    const auto [values, r] =
-        channel_mix(middle, mixes.slice(kSpatialMixes), maps.slice(kSpatialMaps), post_norm ? none : ln2,
-                    post_norm ? MaybeTensor() : middle_stats, how);
+    const auto [values, r] = channel_mix(middle, mixes.slice(kSpatialMixes), maps.slice(kSpatialMaps),
+                                         post_norm ? none : ln2, post_norm ? MaybeTensor() : middle_stats, how);
     return residual(middle, values, r, post_norm ? ln2 : none, gamma2, scale2, next_eps);
 }
 

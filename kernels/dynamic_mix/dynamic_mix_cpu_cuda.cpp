@@ -107,8 +107,7 @@ Tensors dynamic_linear(const Tensor& x, at::TensorList mixes, at::TensorList ran
     const auto [mixed, raw] = op.call(x, mixes, ranks, weight, bias, measured(x, weight, stats, eps), height, width,
                                       pixels, gamma, heads, dtype);
     Tensors out;
-    for (size_t i = 0; i < kMapCount; ++i)
-        out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
+    for (size_t i = 0; i < kMapCount; ++i) out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
     out.push_back(raw);
     return out;
 }
@@ -172,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor> dynamic_linear_back
     back.through_mixes(gdelta);
     const auto [gx_first, gfirst, none, gweight_first, gbias_first] =
         call.shift_backward(call.base, call.first(), std::nullopt);
-    return {gx.add_(gx_first),          at::cat({gfirst, gothers}).neg_(), back.granks, back.gmaps,
-            gweight.add_(gweight_first), gbias.add_(gbias_first)};
+    return {gx.add_(gx_first), at::cat({gfirst, gothers}).neg_(), back.granks,
+            back.gmaps,        gweight.add_(gweight_first),       gbias.add_(gbias_first)};
 }
 
 void implement(torch::Library& m) {

@@ -1,5 +1,5 @@
-// The data-dependent mixes of VRWKV6 on CUDA, in one pass over the tokens: results in bfloat16 and float16, low ranks of
-// 32 and 64. Everything else runs on the implementation in PyTorch.
+// The data-dependent mixes of VRWKV6 on CUDA, in one pass over the tokens: results in bfloat16 and float16, low ranks
+// of 32 and 64. Everything else runs on the implementation in PyTorch.
 #include <array>
 #include <tuple>
 
@@ -22,11 +22,11 @@ void check(const Tensor& x, at::TensorList mixes, at::TensorList ranks, const Ma
     const int64_t channels = x.size(2);
     TORCH_CHECK(where.height >= 0 && where.width >= 0 && where.height * where.width <= x.size(1),
                 "dynamic_mix: x must have at least ", where.height, " * ", where.width, " tokens, got ", x.size(1));
-    TORCH_CHECK(where.heads > 0 && channels % where.heads == 0 && where.gamma >= 0 && where.gamma <= 0.25 &&
-                    where.pixels >= 0,
-                "dynamic_mix: expected heads that divide the ", channels,
-                " channels, gamma in [0, 1/4] and pixels of at least 0, got ", where.heads, ", ", where.gamma, " and ",
-                where.pixels);
+    TORCH_CHECK(
+        where.heads > 0 && channels % where.heads == 0 && where.gamma >= 0 && where.gamma <= 0.25 && where.pixels >= 0,
+        "dynamic_mix: expected heads that divide the ", channels,
+        " channels, gamma in [0, 1/4] and pixels of at least 0, got ", where.heads, ", ", where.gamma, " and ",
+        where.pixels);
     TORCH_CHECK(mixes.size() == 1 + kMixes && ranks.size() == kLowRanks, "dynamic_mix: expected ", 1 + kMixes,
                 " mixes and ", kLowRanks, " low-rank factors, got ", mixes.size(), " and ", ranks.size());
     const auto expect = [&](const Tensor& p, int64_t values) {
@@ -84,8 +84,8 @@ std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mix
     const Where where{height, width, pixels, gamma, heads};
     check(x_, mixes, ranks, weight, bias, stats, where);
     if (x_.numel() != 0 && !runs_here(x_, ranks, where, dtype)) {
-        torch::jit::Stack stack{x_,     mixes.vec(), ranks.vec(), weight, bias, stats, height, width, pixels, gamma,
-                                heads, static_cast<int64_t>(dtype)};
+        torch::jit::Stack stack{x_,     mixes.vec(), ranks.vec(), weight, bias,  stats,
+                                height, width,       pixels,      gamma,  heads, static_cast<int64_t>(dtype)};
         call_pytorch("vision_rwkv::dynamic_mix", stack);
         return {stack[0].toTensor(), stack[1].toTensor()};
     }

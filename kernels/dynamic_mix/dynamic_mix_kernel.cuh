@@ -17,10 +17,10 @@ namespace dynamic_mix {
 
 using namespace rows;
 
-constexpr int kTile = 16;    // tokens of a warp
-constexpr int kGroup = 16;   // channels taken at a time
-constexpr int kMixes = 5;    // of decay, key, value, receptance and gate; there is one more, which blends for these
-constexpr int kRank = 32;    // of each of them
+constexpr int kTile = 16;   // tokens of a warp
+constexpr int kGroup = 16;  // channels taken at a time
+constexpr int kMixes = 5;   // of decay, key, value, receptance and gate; there is one more, which blends for these
+constexpr int kRank = 32;   // of each of them
 constexpr int kDecayRank = 64;
 constexpr int kMixBlocks = kMixes * kRank / 16, kDecayBlocks = kDecayRank / 16;
 constexpr int kThreads = 128, kBlocksAProcessor = 4;
@@ -29,7 +29,7 @@ struct Args {
     int rows, channels, tokens, height, width, pixels, dim, quarter;  // quarter: channels that move one way
     Divisor by_tokens, by_width;
     const float* mix[1 + kMixes];
-    const float *weight, *bias, *stats;                       // null without a norm
+    const float *weight, *bias, *stats;                      // null without a norm
     const uint4 *mix_down, *mix_up, *decay_down, *decay_up;  // packed; down: from the channels, up: to them
 };
 
@@ -78,8 +78,7 @@ __global__ void pack_weights(const __grid_constant__ Packings all) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int row = mine.down ? outer_first + 4 * q + 2 * half + j : inner_first + 2 * q + 8 * half + j;
-            const int column =
-                mine.down ? inner_first + 8 * tile + g : outer_first + 4 * (g / 2) + 2 * tile + g % 2;
+            const int column = mine.down ? inner_first + 8 * tile + g : outer_first + 4 * (g / 2) + 2 * tile + g % 2;
             pair[j] = mine.from[static_cast<int64_t>(row) * mine.columns + column];
         }
         out[i] = pack<T>(pair[0], pair[1]);
@@ -186,8 +185,8 @@ __device__ __forceinline__ void read(const Args& args, const X* x, const Token (
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
         const int source = tokens[k].source(args, direction, inside[k]);
-        here[k] = *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(tokens[k].index) * args.channels +
-                                                       channel);
+        here[k] =
+            *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(tokens[k].index) * args.channels + channel);
         there[k] = *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(source) * args.channels + channel);
         far_stats[k] = args.stats ? reinterpret_cast<const float2*>(args.stats)[source] : make_float2(0, 1);
     }

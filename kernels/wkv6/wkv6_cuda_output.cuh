@@ -138,8 +138,8 @@ struct Finish {
 template <typename T, typename W, bool kSplit, bool kFinish>
 __global__ void __launch_bounds__(kThreads, 3)
     output_kernel(const T* __restrict__ r, const T* __restrict__ k, const T* __restrict__ v, const W* __restrict__ w,
-                  const float* __restrict__ base, const float* __restrict__ u,
-                  const unsigned char* __restrict__ states, Sizes sizes, Finish<T> finish, T* y) {
+                  const float* __restrict__ base, const float* __restrict__ u, const unsigned char* __restrict__ states,
+                  Sizes sizes, Finish<T> finish, T* y) {
     extern __shared__ __align__(128) unsigned char shared[];
     using At = OutputShared<T, W>;
     const Tile v_tile{shared + At::kV};

@@ -25,7 +25,9 @@ def test_every_precision(name, size, precision, device):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('precision', ['float32', 'autocast-bfloat16'])
 @pytest.mark.parametrize('size', ['one_token', 'far', 'past_the_border', 'wide', 'long'])
-@pytest.mark.parametrize('name', ['q_shift', 'q_shift_norm_delta', 'mix_linear', 'dynamic_linear', 'residual_whole', 'log_decay'])
+@pytest.mark.parametrize(
+    'name', ['q_shift', 'q_shift_norm_delta', 'mix_linear', 'dynamic_linear', 'residual_whole', 'log_decay']
+)
 def test_every_size(name, size, precision, device):
     check(cases(SIZES[size])[name], precision, device)
 

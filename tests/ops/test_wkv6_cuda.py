@@ -188,9 +188,9 @@ def gated_by_definition(r, k, v, raw, base, u, gate, weight, bias, eps):
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
-@pytest.mark.parametrize(('batch', 'tokens', 'heads'), [(2, 1, 1), (2, 49, 3), (1, 196, 2), (300, 196, 1), (1, 4200, 2)])
-def test_gated(batch, tokens, heads, dtype):
-    given = gated_inputs(batch, tokens, heads, dtype)
+@pytest.mark.parametrize('size', [(2, 1, 1), (2, 49, 3), (1, 196, 2), (300, 196, 1), (1, 4200, 2)])
+def test_gated(size, dtype):
+    given = gated_inputs(*size, dtype)
     got, want = gated_wkv6(*given, 1e-5), gated_by_definition(*given, 1e-5)
     assert got.dtype == dtype and got.shape == want.shape
     assert (got.double() - want).norm() <= TOLERANCE[dtype][0] * want.norm()

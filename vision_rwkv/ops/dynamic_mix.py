@@ -116,8 +116,12 @@ def _dynamic_linear_fake(x, mixes, ranks, maps, *others):
 def _dynamic_linear_backward_fake(g, x, mixes, ranks, maps, weight, bias, *_):
     gmixes = mixes[0].new_empty(len(mixes), x.shape[2])
     granks, gmaps = ([p.new_empty(p.shape) for p in parameters] for parameters in (ranks, maps))
-    return x.new_empty(x.shape), gmixes, granks, gmaps, *(
-        x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)
+    return (
+        x.new_empty(x.shape),
+        gmixes,
+        granks,
+        gmaps,
+        *(x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias)),
     )
 
 
@@ -161,7 +165,8 @@ def dynamic_linear(
 
     Args:
         x: tokens, (B, T, C), shifted as in `q_shift`.
-        mixes: how much of the shift enters what the mixes depend on, decay, key, value, receptance, gate; C values each.
+        mixes: how much of the shift enters what the mixes depend on, decay, key, value, receptance and gate, C values
+            each.
         ranks: the low-rank factors w1 (C, 5 R), w2 (5, R, C), w3 (C, D), w4 (D, C).
         maps: weights (D_i, C), without bias.
         norm: a layer norm to apply first.
