@@ -45,7 +45,9 @@ struct Call {
     // Mixes as q_shift takes them: how much of a token stays.
     void prepare() {
         check_counts(mixes_in, ranks_in);
-        for (const Tensor& mix : mixes_in) mixes.push_back(1 - mix.reshape({-1}));
+        Tensors flat;
+        for (const Tensor& mix : mixes_in) flat.push_back(mix.reshape({-1}));
+        mixes = (1 - at::stack(flat)).unbind();
         ranks = in_dtype(ranks_in, dtype);
     }
     at::TensorList first() const { return at::TensorList(mixes).slice(0, 1); }
