@@ -56,24 +56,42 @@ bool runs_here(const Tensor& x, at::TensorList ranks, const Where& where, at::Sc
 
 // The factors in the order of the kernel's operands, in one buffer.
 template <typename T>
-Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, Args& args, cudaStream_t stream) {
+Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, cudaStream_t stream) {
     const int sides[] = {kMixes * kRank, kMixes * kRank, kDecayRank, kDecayRank};
     int64_t total = 0;
     for (const int side : sides) total += static_cast<int64_t>(side) * channels;
     const Tensor buffer = at::empty({total}, ranks[0].options().dtype(at::kHalf));  // of either half precision
     auto* to = static_cast<uint4*>(buffer.mutable_data_ptr());
-    const uint4** taken[] = {&args.mix_down, &args.mix_up, &args.decay_down, &args.decay_up};
     Packings all;
     for (int i = 0; i < kPacked; ++i) {
         const bool down = i % 2 == 0;
         all.of[i] = {floats(ranks[i]), to, down ? channels : sides[i], down ? sides[i] : channels, down};
-        *taken[i] = to;
         to += static_cast<int64_t>(sides[i]) * channels / 8;
     }
     const dim3 grid((sides[0] / 16 * (channels / 16) * 32 + kBlock - 1) / kBlock, kPacked);
     pack_weights<T><<<grid, kBlock, 0, stream>>>(all);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return buffer;
+}
+
+template <typename X, typename T>
+void launch(const Args& args, const X* x, const Tensor& weights, T* out, T* raw, cudaStream_t stream) {
+    int device, processors, most;
+    C10_CUDA_CHECK(cudaGetDevice(&device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const auto* from = static_cast<const uint4*>(weights.const_data_ptr());
+    const int tiles = (args.rows + kTile - 1) / kTile, bytes = static_cast<int>(2 * weights.numel());
+    if (bytes <= most) {
+        const auto kernel = mix_tokens<X, T, true, kWarpsAProcessor>;
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        kernel<<<std::min(processors, tiles), 32 * kWarpsAProcessor, bytes, stream>>>(args, x, from, out, raw);
+    } else {
+        constexpr int kWarps = 4;
+        mix_tokens<X, T, false, kWarps>
+            <<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(args, x, from, out, raw);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mixes, at::TensorList ranks,
@@ -112,13 +130,11 @@ std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mix
     for (int i = 0; i < kLowRanks; ++i) factors[i] = parameter(ranks[i]);
     args.weight = floats(weight_), args.bias = floats(bias_), args.stats = floats(stats_);
     const auto stream = c10::cuda::getCurrentCUDAStream();
-    const int rows_a_block = kThreads / 32 * kTile, blocks = (args.rows + rows_a_block - 1) / rows_a_block;
     const auto run = [&](auto token, auto result) {
         using X = decltype(token);
         using T = decltype(result);
-        const Tensor weights = packed<T>(factors, args.channels, args, stream);
-        mix_tokens<X, T><<<blocks, kThreads, 0, stream>>>(args, data<X>(x), mutable_data<T>(out), mutable_data<T>(raw));
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        const Tensor weights = packed<T>(factors, args.channels, stream);
+        launch<X, T>(args, data<X>(x), weights, mutable_data<T>(out), mutable_data<T>(raw), stream);
     };
     const bool wide = x.scalar_type() == at::kFloat;
     if (dtype == at::kBFloat16) {

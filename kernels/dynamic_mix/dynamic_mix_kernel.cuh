@@ -23,14 +23,18 @@ constexpr int kMixes = 5;   // of decay, key, value, receptance and gate; there 
 constexpr int kRank = 32;   // of each of them
 constexpr int kDecayRank = 64;
 constexpr int kMixBlocks = kMixes * kRank / 16, kDecayBlocks = kDecayRank / 16;
-constexpr int kThreads = 128, kBlocksAProcessor = 4;
+constexpr int kWarpsAProcessor = 12;  // with as many registers as the products' sums take
+constexpr int kStay = 4;              // the direction of channels that are not shifted
 
 struct Args {
     int rows, channels, tokens, height, width, pixels, dim, quarter;  // quarter: channels that move one way
     Divisor by_tokens, by_width;
     const float* mix[1 + kMixes];
-    const float *weight, *bias, *stats;                      // null without a norm
-    const uint4 *mix_down, *mix_up, *decay_down, *decay_up;  // packed; down: from the channels, up: to them
+    const float *weight, *bias, *stats;  // null without a norm
+
+    __device__ __forceinline__ float2 stats_of(int token) const {
+        return stats ? reinterpret_cast<const float2*>(stats)[token] : make_float2(0, 1);
+    }
 };
 
 template <typename T>
@@ -86,6 +90,14 @@ __global__ void pack_weights(const __grid_constant__ Packings all) {
     mine.to[block * 32 + lane] = make_uint4(out[0], out[1], out[2], out[3]);
 }
 
+// 16 bytes from global to shared memory without waiting.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Products
 // -------------------------------------------------------------------------------------------------------
 
@@ -109,8 +121,7 @@ __device__ __forceinline__ void multiply(Sum& c, const uint32_t (&a)[4], uint32_
 
 // Both halves of 16 columns.
 template <typename T>
-__device__ __forceinline__ void multiply(Sum (&c)[2], const uint32_t (&a)[4], const uint4* block) {
-    const uint4 b = __ldg(block);
+__device__ __forceinline__ void multiply(Sum (&c)[2], const uint32_t (&a)[4], uint4 b) {
     multiply<T>(c[0], a, b.x, b.y);
     multiply<T>(c[1], a, b.z, b.w);
 }
@@ -153,144 +164,247 @@ struct Token {
     bool on;
     float2 stats;
 
-    __device__ void place(const Args& args, int at) {
+    __device__ __forceinline__ void place(const Args& args, int at) {
         on = at < args.rows;
         index = min(at, args.rows - 1);
         const int position = index - static_cast<int>(args.by_tokens.divide(index)) * args.tokens;
         row = static_cast<int>(args.by_width.divide(position));
         column = position - row * args.width;
         if (position >= args.height * args.width) row = -1;
-        stats = args.stats ? reinterpret_cast<const float2*>(args.stats)[index] : make_float2(0, 1);
+        stats = args.stats_of(index);
     }
 
     // Where the channels of a direction come from; `inside`: whether that is on the map.
-    __device__ int source(const Args& args, int direction, bool& inside) const {
+    __device__ __forceinline__ int source(const Args& args, int direction, bool& inside) const {
         const int step = direction % 2 ? args.pixels : -args.pixels;
         const bool horizontal = direction < 2;
         const int at = (horizontal ? column : row) + step, limit = horizontal ? args.width : args.height;
-        const bool stays = direction == 4 || row < 0;
+        const bool stays = direction == kStay || row < 0;
         inside = stays || (at >= 0 && at < limit);
         return index + (stays || !inside ? 0 : horizontal ? step : step * args.width);
     }
 };
 
-// Normalised values of a group's channels, and how far those of the neighbours are from them.
+// Goes over the groups of channels, those of one direction after the other: what a direction needs is found once.
 template <typename X>
-__device__ __forceinline__ void read(const Args& args, const X* x, const Token (&tokens)[2], int channel,
-                                     float (&own)[8], float (&apart)[8]) {
-    const int direction = min(channel % args.dim / args.quarter, 4);
+struct Walk {
+    const Args& args;
+    const X* x;
+    const Token (&tokens)[2];
+    int direction = -1, head = 0, at = 0, end = 0;  // channels: of a head's first one, within a head
+    int sources[2];
+    bool inside[2];
+    float2 far_stats[2];
+
+    // To the next group; false past the last one.
+    __device__ __forceinline__ bool next() {
+        at += kGroup;
+        if (at < end) return true;
+        if (direction >= 0 && (head += args.dim) < args.channels) {
+            at = direction * args.quarter;
+            return true;
+        }
+        return turn();
+    }
+
+ private:
+    __device__ __forceinline__ bool turn() {
+        ++direction;
+        head = 0, at = direction * args.quarter, end = direction == kStay ? args.dim : at + args.quarter;
+        if (direction > kStay || at >= end) return false;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            sources[k] = tokens[k].source(args, direction, inside[k]);
+            far_stats[k] = args.stats_of(sources[k]);
+        }
+        return true;
+    }
+};
+
+// What is read of a group's channels, asked for before the group before it is used.
+template <typename X>
+struct Packet {
     Pack<X, 4> here[2], there[2];
     float2 far_stats[2];
     bool inside[2];
+    int group;
+
+    __device__ __forceinline__ void read(const Walk<X>& walk, int q) {
+        const int first = walk.head + walk.at;
+        group = first / kGroup;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const X* own = walk.x + static_cast<int64_t>(walk.tokens[k].index) * walk.args.channels;
+            const X* far = walk.x + static_cast<int64_t>(walk.sources[k]) * walk.args.channels;
+            here[k] = *reinterpret_cast<const Pack<X, 4>*>(own + first + 4 * q);
+            there[k] = *reinterpret_cast<const Pack<X, 4>*>(far + first + 4 * q);
+            far_stats[k] = walk.far_stats[k];
+            inside[k] = walk.inside[k];
+        }
+    }
+
+    // Normalised values, and how far those of the neighbours are from them.
+    __device__ __forceinline__ void values(const Args& args, const Token (&tokens)[2], int channel, float (&own)[8],
+                                           float (&apart)[8]) const {
+        float weight[4] = {1, 1, 1, 1}, bias[4] = {0, 0, 0, 0};
+        if (args.weight) {
+            load(args.weight + channel, weight);
+            load(args.bias + channel, bias);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int k = i / 4, j = i % 4;
+            const float unit = (to_float(here[k].values[j]) - tokens[k].stats.x) * tokens[k].stats.y;
+            const float far_unit = (to_float(there[k].values[j]) - far_stats[k].x) * far_stats[k].y;
+            own[i] = fmaf(unit, weight[j], bias[j]);
+            apart[i] = (inside[k] ? fmaf(far_unit, weight[j], bias[j]) : 0.0f) - own[i];
+        }
+    }
+};
+
+// Calls use(packet) for every group.
+template <typename X, typename Use>
+__device__ __forceinline__ void for_groups(const Args& args, const X* x, const Token (&tokens)[2], int q,
+                                           const Use& use) {
+    Walk<X> walk{args, x, tokens};
+    Packet<X> coming;
+    bool more = walk.next();
+    if (more) coming.read(walk, q);
+#pragma unroll 1
+    while (more) {
+        const Packet<X> packet = coming;
+        more = walk.next();
+        if (more) coming.read(walk, q);
+        use(packet);
+    }
+}
+
+// The packed weights, in shared memory where they fit there.
+struct Weights {
+    const uint4 *mix_down, *mix_up, *decay_down, *decay_up;
+
+    template <bool kShared>
+    static __device__ __forceinline__ uint4 read(const uint4* from) {
+        if constexpr (kShared) return *from;
+        return __ldg(from);
+    }
+};
+
+// tanh of the blend's product with the low ranks, as left operands.
+template <typename X, typename T, bool kShared>
+__device__ __forceinline__ void low_ranks(const Args& args, const X* x, const uint4* down, const Token (&tokens)[2],
+                                          int lane, uint32_t (&z)[kMixBlocks][4]) {
+    const int q = lane % 4;
+    Sum sums[kMixBlocks][2] = {};
+    for_groups(args, x, tokens, q, [&](const Packet<X>& packet) {
+        const int channel = packet.group * kGroup + 4 * q;
+        float values[8], apart[8], mix[4];
+        packet.values(args, tokens, channel, values, apart);
+        load(args.mix[0] + channel, mix);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) values[i] = fmaf(apart[i], mix[i % 4], values[i]);
+        uint32_t a[4];
+        operand<T>(values, a);
+        const uint4* blocks = down + packet.group * (kMixBlocks * 32) + lane;
+#pragma unroll
+        for (int n = 0; n < kMixBlocks; ++n) multiply<T>(sums[n], a, Weights::read<kShared>(blocks + n * 32));
+    });
+#pragma unroll
+    for (int n = 0; n < kMixBlocks; ++n) tanh_operand<T>(sums[n], z[n]);
+}
+
+// Four channels of both tokens.
+template <typename T>
+__device__ __forceinline__ void store_both(T* const (&to)[2], const Token (&tokens)[2], int64_t offset,
+                                           const float (&values)[8]) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-        const int source = tokens[k].source(args, direction, inside[k]);
-        here[k] =
-            *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(tokens[k].index) * args.channels + channel);
-        there[k] = *reinterpret_cast<const Pack<X, 4>*>(x + static_cast<int64_t>(source) * args.channels + channel);
-        far_stats[k] = args.stats ? reinterpret_cast<const float2*>(args.stats)[source] : make_float2(0, 1);
+        const float part[4] = {values[4 * k], values[4 * k + 1], values[4 * k + 2], values[4 * k + 3]};
+        if (tokens[k].on) store(to[k] + offset, part);
     }
-    float weight[4] = {1, 1, 1, 1}, bias[4] = {0, 0, 0, 0};
-    if (args.weight) {
-        load(args.weight + channel, weight);
-        load(args.bias + channel, bias);
-    }
+}
+
+// All of a tile's results.
+template <typename X, typename T, bool kShared>
+__device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Weights& weights, int first, T* out,
+                                         T* raw) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    Token tokens[2];
+    tokens[0].place(args, first + g);
+    tokens[1].place(args, first + g + 8);
+    uint32_t z[kMixBlocks][4];
+    low_ranks<X, T, kShared>(args, x, weights.mix_down, tokens, lane, z);
+
+    const int64_t plane = static_cast<int64_t>(args.rows) * args.channels;
+    const int64_t rows[2] = {static_cast<int64_t>(tokens[0].index) * args.channels,
+                             static_cast<int64_t>(tokens[1].index) * args.channels};
+    T* const outs[2] = {out + rows[0], out + rows[1]};
+    Sum decay[kDecayBlocks][2] = {};
+    for_groups(args, x, tokens, q, [&](const Packet<X>& packet) {
+        const int channel = packet.group * kGroup + 4 * q;
+        float own[8], apart[8];
+        packet.values(args, tokens, channel, own, apart);
+        const uint4* up = weights.mix_up + packet.group * (kMixBlocks * 32) + lane;
+        const uint4* down = weights.decay_down + packet.group * (kDecayBlocks * 32) + lane;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int k = i / 4, j = i % 4;
-        own[i] = (to_float(here[k].values[j]) - tokens[k].stats.x) * tokens[k].stats.y * weight[j] + bias[j];
-        const float far = (to_float(there[k].values[j]) - far_stats[k].x) * far_stats[k].y * weight[j] + bias[j];
-        apart[i] = (inside[k] ? far : 0.0f) - own[i];
+        for (int i = 0; i < kMixes; ++i) {
+            float mix[4], values[8];
+            load(args.mix[1 + i] + channel, mix);
+            Sum mixes[2];  // begin with the constant mixes, in the order of channel_of
+#pragma unroll
+            for (int j = 0; j < 8; ++j) mixes[j / 4].x[j % 4] = mix[j / 4 * 2 + j % 2];
+#pragma unroll
+            for (int n = 2 * i; n < 2 * i + 2; ++n) multiply<T>(mixes, z[n], Weights::read<kShared>(up + n * 32));
+#pragma unroll
+            for (int j = 0; j < 8; ++j) values[j] = fmaf(apart[j], channel_of(mixes, j), own[j]);
+            if (i > 0) {
+                store_both(outs, tokens, (i - 1) * plane + channel, values);
+                continue;
+            }
+            uint32_t a[4];
+            operand<T>(values, a);
+#pragma unroll
+            for (int n = 0; n < kDecayBlocks; ++n) multiply<T>(decay[n], a, Weights::read<kShared>(down + n * 32));
+        }
+    });
+
+    uint32_t a[kDecayBlocks][4];
+#pragma unroll
+    for (int n = 0; n < kDecayBlocks; ++n) tanh_operand<T>(decay[n], a[n]);
+    T* const raws[2] = {raw + rows[0], raw + rows[1]};
+#pragma unroll 2
+    for (int group = 0; group < args.channels / kGroup; ++group) {
+        Sum sums[2] = {};
+#pragma unroll
+        for (int n = 0; n < kDecayBlocks; ++n) {
+            multiply<T>(sums, a[n], Weights::read<kShared>(weights.decay_up + (group * kDecayBlocks + n) * 32 + lane));
+        }
+        float values[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) values[j] = channel_of(sums, j);
+        store_both(raws, tokens, group * kGroup + 4 * q, values);
     }
 }
 
 // From the tokens x (rows, channels) to the inputs `out` of key, value, receptance and gate, (4, rows, channels), and
 // the decay `raw`, (rows, channels).
-template <typename X, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksAProcessor)
-    mix_tokens(const __grid_constant__ Args args, const X* __restrict__ x, T* __restrict__ out, T* __restrict__ raw) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4, groups = args.channels / kGroup;
-    const int first = (blockIdx.x * (kThreads / 32) + threadIdx.x / 32) * kTile;
-    if (first >= args.rows) return;
-    Token tokens[2];
-    tokens[0].place(args, first + g);
-    tokens[1].place(args, first + g + 8);
-
-    uint32_t z[kMixBlocks][4];
-    {
-        Sum sums[kMixBlocks][2] = {};
-#pragma unroll 1
-        for (int group = 0; group < groups; ++group) {
-            const int channel = group * kGroup + 4 * q;
-            float values[8], apart[8], mix[4];
-            read(args, x, tokens, channel, values, apart);
-            load(args.mix[0] + channel, mix);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) values[i] += apart[i] * mix[i % 4];
-            uint32_t a[4];
-            operand<T>(values, a);
-#pragma unroll
-            for (int n = 0; n < kMixBlocks; ++n) {
-                multiply<T>(sums[n], a, args.mix_down + (group * kMixBlocks + n) * 32 + lane);
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < kMixBlocks; ++n) tanh_operand<T>(sums[n], z[n]);
+template <typename X, typename T, bool kShared, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps, kShared ? 1 : kWarpsAProcessor / kWarps)
+    mix_tokens(const __grid_constant__ Args args, const X* __restrict__ x, const uint4* __restrict__ packed,
+               T* __restrict__ out, T* __restrict__ raw) {
+    extern __shared__ uint4 shared[];
+    const int mix_size = args.channels * (kMixes * kRank / 8), decay_size = args.channels * (kDecayRank / 8);
+    if constexpr (kShared) {
+        for (int i = threadIdx.x; i < 2 * (mix_size + decay_size); i += 32 * kWarps) copy_async(shared + i, packed + i);
+        wait_copies();
+        __syncthreads();
     }
-
-    Sum decay[kDecayBlocks][2] = {};
-#pragma unroll 1
-    for (int group = 0; group < groups; ++group) {
-        const int channel = group * kGroup + 4 * q;
-        float own[8], apart[8];
-        read(args, x, tokens, channel, own, apart);
-#pragma unroll
-        for (int i = 0; i < kMixes; ++i) {
-            float mix[4], values[8];
-            load(args.mix[1 + i] + channel, mix);
-            Sum delta[2] = {};
-#pragma unroll
-            for (int n = 2 * i; n < 2 * i + 2; ++n) {
-                multiply<T>(delta, z[n], args.mix_up + (group * kMixBlocks + n) * 32 + lane);
-            }
-#pragma unroll
-            for (int j = 0; j < 8; ++j) values[j] = own[j] + apart[j] * (mix[j % 4] + channel_of(delta, j));
-            if (i == 0) {
-                uint32_t a[4];
-                operand<T>(values, a);
-#pragma unroll
-                for (int n = 0; n < kDecayBlocks; ++n) {
-                    multiply<T>(decay[n], a, args.decay_down + (group * kDecayBlocks + n) * 32 + lane);
-                }
-                continue;
-            }
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const float part[4] = {values[4 * k], values[4 * k + 1], values[4 * k + 2], values[4 * k + 3]};
-                const int64_t row = static_cast<int64_t>(i - 1) * args.rows + tokens[k].index;
-                if (tokens[k].on) store(out + row * args.channels + channel, part);
-            }
-        }
-    }
-
-    uint32_t a[kDecayBlocks][4];
-#pragma unroll
-    for (int n = 0; n < kDecayBlocks; ++n) tanh_operand<T>(decay[n], a[n]);
-#pragma unroll 1
-    for (int group = 0; group < groups; ++group) {
-        Sum sums[2] = {};
-#pragma unroll
-        for (int n = 0; n < kDecayBlocks; ++n) {
-            multiply<T>(sums, a[n], args.decay_up + (group * kDecayBlocks + n) * 32 + lane);
-        }
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            float part[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) part[j] = channel_of(sums, 4 * k + j);
-            const int64_t row = tokens[k].index;
-            if (tokens[k].on) store(raw + row * args.channels + group * kGroup + 4 * q, part);
-        }
+    const uint4* from = kShared ? shared : packed;
+    const Weights weights{from, from + mix_size, from + 2 * mix_size, from + 2 * mix_size + decay_size};
+    // Tiles that remain after whole rounds go to as many processors as there are.
+    const int tiles = (args.rows + kTile - 1) / kTile;
+    for (int tile = threadIdx.x / 32 * gridDim.x + blockIdx.x; tile < tiles; tile += kWarps * gridDim.x) {
+        mix_tile<X, T, kShared>(args, x, weights, tile * kTile, out, raw);
     }
 }
 

@@ -106,6 +106,11 @@ struct Finish {
     __device__ void operator()(Block (&y)[kGroups], T* out, int64_t mine, int channel, int64_t stride, bool first,
                                bool second) const {
         float mean[2] = {}, rstd[2] = {};
+        Block gates[kGroups];
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            load_block(gates[group], gate + mine + group * kGroup, stride, first, second);
+        }
         for (const Block& block : y) {
             for (int i = 0; i < 8; ++i) mean[i / 4] += block.x[i];
         }
@@ -120,15 +125,14 @@ struct Finish {
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             float scale[4], shift[4];
-            Block factor;
+            Block& results = gates[group];
             load4(scale, weight + channel + group * kGroup);
             load4(shift, bias + channel + group * kGroup);
-            load_block(factor, gate + mine + group * kGroup, stride, first, second);
             for (int i = 0; i < 8; ++i) {
-                const float x = factor.x[i], silu = x / (1.f + __expf(-x));
-                factor.x[i] = fmaf(y[group].x[i] * rstd[i / 4], scale[i % 4], shift[i % 4]) * silu;
+                const float x = results.x[i], silu = __fdividef(x, 1.f + __expf(-x));
+                results.x[i] = fmaf(y[group].x[i] * rstd[i / 4], scale[i % 4], shift[i % 4]) * silu;
             }
-            store_block(out + mine + group * kGroup, stride, factor, first, second);
+            store_block(out + mine + group * kGroup, stride, results, first, second);
         }
     }
 };
