@@ -236,7 +236,7 @@ void implement(torch::Library& m, const std::string& name) {
 
 TORCH_LIBRARY_IMPL(vision_rwkv, Autograd, m) {
     for (const char* name : {"bi_wkv", "wkv6", "q_shift", "mix_linear", "gated_linear", "squared_relu_linear", "gate",
-                             "squared_relu", "norm_gate"})
+                             "squared_relu", "norm_gate", "dynamic_linear"})
         implement<Usual>(m, name);
     implement<Residual>(m, "residual");
     implement<LogDecay>(m, "log_decay");

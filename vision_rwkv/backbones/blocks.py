@@ -209,7 +209,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All of the block by one call."""
         ln1, ln2 = self.ln1, self.ln2
-        return torch.ops.vision_rwkv.vrwkv_block(
+        return getattr(torch.ops.vision_rwkv, att.block)(
             x,
             folded(ln1, stats).stats,
             [ln1.weight, ln1.bias, ln2.weight, ln2.bias],
@@ -219,8 +219,7 @@ class Block(nn.Module):
             self.post_norm,
             [*att.mixes, *ffn.mixes],
             [*att.maps, *ffn.maps],
-            self.att.spatial_decay,
-            self.att.spatial_first,
+            *att.others,
             self.gamma1,
             self.gamma2,
             self._scale(x),
