@@ -274,6 +274,29 @@ def residual(
     return torch.ops.vision_rwkv.residual(x, z, gate, weight, bias, gamma, scale, eps, stats_eps)
 
 
+def norm_tokens(
+    z: Tensor, norm: Norm, position: Tensor | None = None, stats_eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """A layer norm of z + position, z (B, T, C), position (1, T, C); without gradients, as in inference.
+
+    norm: its statistics are not used. stats_eps: as in `residual`, of the result.
+
+    Returns:
+        The result in float32 at least under autocast, as PyTorch's layer norm, else in the dtype of z; its statistics.
+    """
+    wide = z.device.type != 'meta' and torch.is_autocast_enabled(z.device.type)
+    dtype = _checks.compute_dtype(z) if wide else z.dtype
+    return torch.ops.vision_rwkv.norm_tokens(z, position, norm.weight, norm.bias, norm.eps, stats_eps, dtype)
+
+
+def patches(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> the patches of a grid, row by row, (B, H / side * W / side, C * side * side), without gradients.
+
+    In autocast's dtype under autocast, else in that of x.
+    """
+    return torch.ops.vision_rwkv.patches(x, side, _checks.autocast_dtype(x))
+
+
 def log_decay(raw: Tensor, base: Tensor) -> Tensor:
     """-exp(base + raw), raw (B, T, C), base of C values; in float32 at least: rounding would add up over the tokens."""
     return torch.ops.vision_rwkv.log_decay(raw, base)
