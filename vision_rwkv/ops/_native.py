@@ -31,7 +31,7 @@ def _load() -> str | None:
 
 
 _problem = _load()
-_has_block = hasattr(torch.ops.vision_rwkv, 'vrwkv_block')
+_has_block = hasattr(torch.ops.vision_rwkv, 'vrwkv_block_kept')  # an older library has another vrwkv_block
 
 
 def implementation(device: torch.device | str = 'cpu') -> str:
