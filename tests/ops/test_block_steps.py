@@ -151,6 +151,14 @@ def test_opcheck_of_a_block(post_norm, dtype, device):
     torch.library.opcheck(operator('vrwkv_block_backward').default, [out, *arguments, kept], test_utils=names)
 
 
+def test_inference_alone():
+    norm = ops.Norm(torch.ones(8), torch.zeros(8), EPS)
+    with pytest.raises(RuntimeError, match='norm_tokens has no gradient'):
+        ops.norm_tokens(torch.zeros(1, 2, 8, requires_grad=True), norm)
+    with pytest.raises(RuntimeError, match='patches has no gradient'):
+        ops.patches(torch.zeros(1, 3, 8, 8, requires_grad=True), 8)
+
+
 @NATIVE
 def test_a_block_has_no_second_derivative():
     x, *others = block_arguments(torch.float32, 'cpu', False)

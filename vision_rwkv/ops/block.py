@@ -10,9 +10,8 @@ from vision_rwkv.ops import _checks, _native
 SPATIAL, CHANNEL = 3, 2  # mixes of the two halves
 
 
-def _fake(x, stats, norms, eps1, eps2, next_eps, post_norm, *_):
-    dtype = torch.promote_types(x.dtype, _[-1])
-    out = x.new_empty(x.shape, dtype=dtype)
+def _fake(x, stats, norms, eps1, eps2, next_eps, post_norm, *others):
+    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, others[-1]))
     return out, _stats(out) if next_eps is not None else out.new_empty(0)
 
 

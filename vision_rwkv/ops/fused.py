@@ -283,7 +283,12 @@ def norm_tokens(
 
     Returns:
         The result in float32 at least under autocast, as PyTorch's layer norm, else in the dtype of z; its statistics.
+
+    Raises:
+        RuntimeError: gradients are asked for.
     """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, position, *norm[:2])):
+        raise RuntimeError('norm_tokens has no gradient: use torch.nn.functional.layer_norm, or torch.no_grad()')
     wide = z.device.type != 'meta' and torch.is_autocast_enabled(z.device.type)
     dtype = _checks.compute_dtype(z) if wide else z.dtype
     return torch.ops.vision_rwkv.norm_tokens(z, position, norm.weight, norm.bias, norm.eps, stats_eps, dtype)
@@ -293,7 +298,12 @@ def patches(x: Tensor, side: int) -> Tensor:
     """(B, C, H, W) -> the patches of a grid, row by row, (B, H / side * W / side, C * side * side), without gradients.
 
     In autocast's dtype under autocast, else in that of x.
+
+    Raises:
+        RuntimeError: gradients are asked for.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError('patches has no gradient: order the pixels by unflatten and permute, or use torch.no_grad()')
     return torch.ops.vision_rwkv.patches(x, side, _checks.autocast_dtype(x))
 
 
