@@ -1,5 +1,6 @@
 """The operators: bidirectional WKV, Q-Shift with its mixes, and what the models fuse around them. PyTorch alone."""
 
+from vision_rwkv.ops import block as _block  # noqa: F401 (registers the operators)
 from vision_rwkv.ops._native import implementation
 from vision_rwkv.ops.bi_wkv import bi_wkv, gated_bi_wkv
 from vision_rwkv.ops.dynamic_mix import dynamic_linear
@@ -9,6 +10,8 @@ from vision_rwkv.ops.fused import (
     log_decay,
     mix_linear,
     norm_gate,
+    norm_tokens,
+    patches,
     residual,
     squared_relu,
     squared_relu_linear,
@@ -29,6 +32,8 @@ __all__ = [
     'log_decay',
     'mix_linear',
     'norm_gate',
+    'norm_tokens',
+    'patches',
     'q_shift',
     'residual',
     'squared_relu',
