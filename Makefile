@@ -68,6 +68,7 @@ attack: install  ## 20,000 random cases for Bi-WKV and WKV6, 4,000 for the other
 
 sanitize: install  ## the operators' tests on a build that checks every address and every undefined operation
 	tools/sanitize.sh $(BIN)/python cpu
+
 test-kills: install  ## training killed twenty times at random moments, resumed, and compared with a run left alone; 20 minutes
 	$(BIN)/python tests/tools/killing.py --kills 20
 
