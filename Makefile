@@ -54,8 +54,8 @@ demo-detection: install  ## find digits in cluttered scenes, minutes
 demo-segmentation: install  ## label their pixels, a quarter of an hour at most
 	tools/demo_dense.sh $(BIN)/python segmentation
 
-test: install  ## the test suite
-	$(BIN)/python -m pytest -m 'not slow'
+test: install  ## the test suite, two files of it at a time
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-demos: install  ## the smallest versions of the demos of detection and segmentation, minutes
 	$(BIN)/python -m pytest -m slow tests/tools/test_dense_readmes.py -k smallest_demo
