@@ -66,8 +66,9 @@ test-slow: install  ## the tests that take minutes
 attack: install  ## 20,000 random cases for Bi-WKV and WKV6, 4,000 for the others; on a GPU as many again
 	$(BIN)/python -m pytest tests/ops/test_attack.py tests/ops/test_attack_fused.py --attack 20000
 
-sanitize: install  ## the operators' tests on a build that checks every address and every undefined operation
+sanitize: install  ## tests of native code on a build that checks every address and every undefined operation, minutes
 	tools/sanitize.sh $(BIN)/python cpu
+
 test-kills: install  ## training killed twenty times at random moments, resumed, and compared with a run left alone; 20 minutes
 	$(BIN)/python tests/tools/killing.py --kills 20
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Memory errors and undefined behaviour of the operators' native code. The library in the work tree is left alone.
 #
-# sanitize.sh PYTHON cpu    tests/ops on a library built with GCC's sanitizers, in build/sanitize
+# sanitize.sh PYTHON cpu    what of tests/ops runs native code, on a library built with GCC's sanitizers, in build/sanitize
 # sanitize.sh PYTHON cuda   random odd shapes under each tool of NVIDIA's compute-sanitizer, on the installed library
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 4,5p "$0" >&2; exit 2; }
@@ -28,6 +28,6 @@ fi
 preload=$(for name in libasan.so libubsan.so libstdc++.so; do realpath "$(c++ -print-file-name=$name)"; done)
 # All that runs native code, the attacks with a few cases; not what runs the implementation in PyTorch or a compiler, and
 # not PyTorch's own checks, which call the same kernels on a few numbers over and over. Python's memory is not ours to free.
-without='pytorch or compile or install or cuda_code or opcheck or gradcheck'
+without='pytorch or compiles or install or cuda_code or opcheck or gradcheck'
 LD_PRELOAD=${preload//$'\n'/:} ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$PWD OMP_WAIT_POLICY=passive \
     "$python" -m pytest -q -p no:cacheprovider -n 2 tests/ops -m 'not slow and not cuda' -k "not ($without)" --attack 200
