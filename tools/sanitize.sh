@@ -18,10 +18,11 @@ flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-fr
 mkdir -p build/sanitize
 cp -ru kernels vision_rwkv setup.py pyproject.toml README.md LICENSE tests build/sanitize
 cd build/sanitize
-if [ ! -e .built ] || [ -n "$(find kernels setup.py -newer .built)" ]; then
+sanitized() { grep -qs __asan_init vision_rwkv/_native*.so; }  # and not the work tree's, which was copied with the rest
+if ! sanitized || [ ! -e .built ] || [ -n "$(find kernels setup.py -newer .built)" ]; then
     rm -f vision_rwkv/_native*.so
     CFLAGS="$flags" LDFLAGS="$flags" VISION_RWKV_CUDA=0 "$python" setup.py -q build_ext --inplace
-    ls vision_rwkv/_native*.so >/dev/null
+    sanitized
     touch .built
 fi
 # Python is built without them, so they come first; C++ exceptions need their library in sight by then.
