@@ -54,8 +54,8 @@ demo-detection: install  ## find digits in cluttered scenes, minutes
 demo-segmentation: install  ## label their pixels, a quarter of an hour at most
 	tools/demo_dense.sh $(BIN)/python segmentation
 
-test: install  ## the test suite
-	$(BIN)/python -m pytest -m 'not slow'
+test: install  ## the test suite, two files of it at a time
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-demos: install  ## the smallest versions of the demos of detection and segmentation, minutes
 	$(BIN)/python -m pytest -m slow tests/tools/test_dense_readmes.py -k smallest_demo
@@ -66,7 +66,7 @@ test-slow: install  ## the tests that take minutes
 attack: install  ## 20,000 random cases for Bi-WKV and WKV6, 4,000 for the others; on a GPU as many again
 	$(BIN)/python -m pytest tests/ops/test_attack.py tests/ops/test_attack_fused.py --attack 20000
 
-sanitize: install  ## the operators' tests on a build that checks every address and every undefined operation
+sanitize: install  ## tests of native code on a build that checks every address and every undefined operation, minutes
 	tools/sanitize.sh $(BIN)/python cpu
 
 test-kills: install  ## training killed twenty times at random moments, resumed, and compared with a run left alone; 20 minutes

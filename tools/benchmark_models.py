@@ -146,7 +146,12 @@ def captured(function: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(reads: Callable[[], object] = function) -> None:
+        """``reads`` holds the model and the images, whose memory the graph reads."""
+        graph.replay()
+
+    return replay
 
 
 def cuda_time(function: Callable[[], object], seconds: float) -> tuple[float, float]:

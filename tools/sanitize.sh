@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Memory errors and undefined behaviour of the operators' native code. The library in the work tree is left alone.
 #
-# sanitize.sh PYTHON cpu    tests/ops on a library built with GCC's sanitizers, in build/sanitize
+# sanitize.sh PYTHON cpu    what of tests/ops runs native code, on a library built with GCC's sanitizers, in build/sanitize
 # sanitize.sh PYTHON cuda   random odd shapes under each tool of NVIDIA's compute-sanitizer, on the installed library
 set -euo pipefail
 [ $# -eq 2 ] || { sed -n 4,5p "$0" >&2; exit 2; }
@@ -34,14 +34,17 @@ flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-fr
 mkdir -p build/sanitize
 cp -ru kernels vision_rwkv setup.py pyproject.toml README.md LICENSE tests build/sanitize
 cd build/sanitize
-if [ ! -e .built ] || [ -n "$(find kernels setup.py -newer .built)" ]; then
+sanitized() { grep -qs __asan_init vision_rwkv/_native*.so; }  # and not the work tree's, which was copied with the rest
+if ! sanitized || [ ! -e .built ] || [ -n "$(find kernels setup.py -newer .built)" ]; then
     rm -f vision_rwkv/_native*.so
     CFLAGS="$flags" LDFLAGS="$flags" VISION_RWKV_CUDA=0 "$python" setup.py -q build_ext --inplace
-    ls vision_rwkv/_native*.so >/dev/null
+    sanitized
     touch .built
 fi
 # Python is built without them, so they come first; C++ exceptions need their library in sight by then.
 preload=$(for name in libasan.so libubsan.so libstdc++.so; do realpath "$(c++ -print-file-name=$name)"; done)
-# Nothing that runs a compiler; Python's own memory is not ours to free.
-LD_PRELOAD=${preload//$'\n'/:} ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$PWD \
-    "$python" -m pytest -q -p no:cacheprovider tests/ops -m 'not slow' -k 'not compiles and not install and not another_pytorch'
+# All that runs native code, the attacks with a few cases; not what runs the implementation in PyTorch or a compiler, and
+# not PyTorch's own checks, which call the same kernels on a few numbers over and over. Python's memory is not ours to free.
+without='pytorch or compiles or install or cuda_code or opcheck or gradcheck'
+LD_PRELOAD=${preload//$'\n'/:} ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$PWD OMP_WAIT_POLICY=passive \
+    "$python" -m pytest -q -p no:cacheprovider -n 2 tests/ops -m 'not slow and not cuda' -k "not ($without)" --attack 200

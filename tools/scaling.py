@@ -18,9 +18,11 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 from vision_rwkv.backbones import VRWKV, VRWKV6  # noqa: E402
+from vision_rwkv.backbones.blocks import ceil_div  # noqa: E402
 
 GIB = 2**30
-WORKSPACE = 32 * 2**20  # cuBLAS's, on each stream
+WORKSPACE = 32 * 2**20  # cuBLAS's, on an H100 or H200
+TILE, CHUNK = 256, 64  # tokens that Bi-WKV and WKV6 take at a time on CUDA
 POST = {'post_norm': True, 'init_values': 1e-5}
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     'vrwkv_t': lambda side: VRWKV(img_size=side, embed_dims=192),
@@ -36,13 +38,16 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
 class Layer(NamedTuple):
     """A layer in units of one bfloat16 tensor (B, T, C). Float32 counts twice; docs/scaling.md lists the terms.
 
-    kept: what autograd keeps. working: what else lives at the fullest moment of the backward pass. passes: read and
-    written outside of matrix products, forward and backward; products: in them. square: multiply-adds of a token
-    over C^2, forward. launches: kernels, forward.
+    kept: what autograd keeps. working: what else lives at the fullest moment of the backward pass. fullest: what lives
+    at that of inference. cast: bytes over C^2 of copies of weights, of all layers in inference, of each layer in
+    training. passes: read and written outside of matrix products, forward and in what training adds; products: in them.
+    square: multiply-adds of a token over C^2, forward. launches: kernels, forward.
     """
 
     kept: float
     working: float
+    fullest: float
+    cast: tuple[float, float]
     passes: tuple[float, float]
     products: tuple[float, float]
     square: float
@@ -51,28 +56,32 @@ class Layer(NamedTuple):
 
 def layer_of(model: nn.Module) -> Layer:
     """What one layer of the model costs."""
-    block = model.layers[1]
+    block, tokens = model.layers[1], model.grid[0] * model.grid[1]
     thin = (5 * 32 + 64) / model.embed_dims  # low-rank values of VRWKV6, in units
+    stats = 0 if block.post_norm else 2 * 4 / model.embed_dims  # of both norms: two float32 numbers a token each
     if isinstance(model, VRWKV6):
-        layer = Layer(29 + thin, 20, (82, 171), (32 + 3 * thin, 69 + 6 * thin), 14 + 2 * thin, 30)
+        states = 4 * (ceil_div(tokens, CHUNK) - 1) * CHUNK / tokens  # between chunks: 64 x 64 a head, both directions
+        kept, products = 29 + thin + stats, (31 + 3 * thin, 69 + 6 * thin)
+        layer = Layer(kept, 10, 16 + states, (16, 10), (76, 171), products, 14 + 2 * thin, 30)
     else:
-        layer = Layer(14, 12, (38, 83), (20, 40), 13, 21)
-    if block.post_norm:  # a norm of each branch: the first one's input is kept, both are read again
-        layer = layer._replace(kept=layer.kept + 1, passes=(layer.passes[0] - 2, layer.passes[1] + 4))
+        again = 2 if tokens > TILE else 0  # keys and values are read twice, three times in the backward pass
+        layer = Layer(14 + stats, 10, 17, (26, 0), (32 + again, 79 + 3 * again), (20, 40), 13, 14)
+    if block.post_norm:  # a norm of each branch: the first one's input is kept, and read again
+        layer = layer._replace(kept=layer.kept + 1, passes=(layer.passes[0], layer.passes[1] + 1))
     if block.ffn.key_norm is not None:  # of y, and of the hidden keys, in float32 under autocast
-        more = 2 + 1 + 8 + 4
         passes = layer.passes[0] + 3 + 12 + 12, layer.passes[1] + 8 + 32
-        layer = layer._replace(kept=layer.kept + more, working=layer.working + 12, passes=passes)
+        cast = 2 * 4 * len(model.layers), 2 * 4  # of the maps of the hidden keys: those of all layers stay
+        layer = layer._replace(kept=layer.kept + 14, working=13, fullest=25, cast=cast, passes=passes)
     return layer
 
 
 class Gpu(NamedTuple):
     """What a GPU's kernels reach: bytes a second forward and backward, operations a second, seconds for a launch."""
 
-    forward: float = 3.3e12
-    backward: float = 2.0e12
-    products: float = 600e12
-    launch: float = 2.5e-6
+    forward: float = 2.95e12
+    backward: float = 2.06e12
+    products: float = 700e12
+    launch: float = 1.5e-6
 
 
 class Point(NamedTuple):
@@ -90,29 +99,38 @@ def tensors(point: Point, model: nn.Module) -> tuple[float, float]:
     return 2.0 * tokens * model.embed_dims, 4.0 * point.batch * 3 * point.side**2
 
 
-def memory(point: Point, optimizer: bool = False) -> float:
-    """Peak bytes under bfloat16 autocast, weights and images included; ``optimizer``: AdamW's two tensors as well."""
+def memory(point: Point, optimizer: bool = False, workspaces: int = 1) -> float:
+    """Peak bytes allocated under bfloat16 autocast, weights and images included.
+
+    optimizer: AdamW's two tensors as well. workspaces: of cuBLAS, which keeps one for each thread on each stream.
+    """
     model = made(point)
     layer, (unit, images) = layer_of(model), tensors(point, model)
-    parameters = sum(p.numel() for p in model.parameters())
-    if point.kind == 'infer':  # residual stream twice, branch, hidden keys and their squares, receptance, values
-        return WORKSPACE + parameters * (4 + 2) + images + 15 * unit
-    ends = 2 + 5 + 6  # weights' gradients are not units: embedding and first norm, final norm, map and its gradient
-    states = parameters * (4 + 4 + (8 if optimizer else 0))
-    return WORKSPACE + states + 1.5 * images + (len(model.layers) * layer.kept + layer.working + ends) * unit
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    square = model.embed_dims**2
+    always = workspaces * WORKSPACE + weights + images
+    if point.kind == 'infer':
+        return always + layer.cast[0] * square + layer.fullest * unit
+    always += 2 * weights if optimizer else 0
+    # The patches, the first norm's input, the model's output; and the gradient of the last layer's last map.
+    start = images / 2 + (len(model.layers) * layer.kept + layer.working + 2 + 2) * unit
+    start += (len(model.layers) * layer.cast[1] + 4 * 4) * square
+    end = weights + images / 2 + (layer.kept + layer.working) * unit  # all gradients, and the first layer
+    return always + max(start, end)
 
 
 def seconds(point: Point, gpu: Gpu) -> float:
     """Time of the kernels of a pass, launched without waiting for the host (as a CUDA graph, or where each is long)."""
     model = made(point)
     layer, (unit, images) = layer_of(model), tensors(point, model)
-    flops = 2 * (unit / 2) * model.embed_dims * layer.square  # of a layer
-    total = layer.launches * gpu.launch + layer.passes[0] * unit / gpu.forward
+    square = model.embed_dims**2
+    flops, cast = unit * square / model.embed_dims * layer.square, 8 * 13 * square  # weights in float32 and bfloat16
+    total = layer.launches * gpu.launch + (layer.passes[0] * unit + cast) / gpu.forward
     total += max(layer.products[0] * unit / gpu.forward, flops / gpu.products)
     if point.kind == 'train':
-        total += 2 * layer.launches * gpu.launch + layer.passes[1] * unit / gpu.backward
+        total += 2 * layer.launches * gpu.launch + (layer.passes[1] * unit + 2 * cast) / gpu.backward
         total += max(layer.products[1] * unit / gpu.backward, 2 * flops / gpu.products)
-    ends = 2.5 * images + (10 if point.kind == 'infer' else 40) * unit
+    ends = 2 * images + (14 if point.kind == 'infer' else 40) * unit
     return len(model.layers) * total + ends / gpu.forward
 
 
@@ -151,18 +169,21 @@ def table(gpu: Gpu) -> None:
 def compare(path: Path, gpu: Gpu, within: float) -> bool:
     """Print measured points beside the model's; whether all are within so many percent. Raises ValueError."""
     fine = True
-    print('| model | side, batch | pass | ms measured | ms model | GiB measured | GiB model |')
-    print('|---' * 7 + '|')
+    print('| model | side, batch | pass | ms measured | ms model | workspaces | GiB measured | GiB model |')
+    print('|---' * 8 + '|')
     for entry in json.loads(path.read_text()):
         if entry.get('model') not in MODELS or entry.get('kind') not in ('infer', 'train'):
             raise ValueError(f'{path}: expected a model of {", ".join(MODELS)} and a kind infer or train, got {entry}')
-        point = Point(*(entry[name] for name in Point._fields))
+        point, workspaces = Point(*(entry[name] for name in Point._fields)), entry.get('workspaces', 1)
         cells = [point.model, f'{point.side}, {point.batch}', point.kind]
-        for name, value in (('ms', 1e3 * seconds(point, gpu)), ('gib', memory(point) / GIB)):
+        for name, value in (('ms', 1e3 * seconds(point, gpu)), ('gib', memory(point, workspaces=workspaces) / GIB)):
             got = entry.get(name)
+            if name == 'gib':
+                cells.append('-' if got is None else f'{workspaces}')
             off = None if got is None else 100 * (value / got - 1)
             fine = fine and (off is None or abs(off) <= within)
-            cells += ['-' if got is None else f'{got:g}', f'{value:.2f}' + ('' if off is None else f' ({off:+.0f} %)')]
+            fixed = ', fixes a constant' if name == 'ms' and entry.get('calibrates') else ''
+            cells += ['-'] * 2 if off is None else [f'{got:g}', f'{value:.2f} ({off:+.1f} %{fixed})']
         print('| ' + ' | '.join(cells) + ' |')
     return fine
 
@@ -170,7 +191,9 @@ def compare(path: Path, gpu: Gpu, within: float) -> bool:
 def main() -> None:
     """Read the command line and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--measured', type=Path, help='JSON: a list of {model, side, batch, kind, ms and/or gib}')
+    parser.add_argument(
+        '--measured', type=Path, help='JSON: a list of {model, side, batch, kind, ms and/or gib, workspaces}'
+    )
     parser.add_argument('--within', type=float, default=15, help='percent (default: 15)')
     args = parser.parse_args()
     if args.measured is None:
@@ -182,7 +205,8 @@ def main() -> None:
             fine = compare(args.measured, Gpu(), args.within)
         except ValueError as error:  # what is no JSON as well
             sys.exit(f'scaling.py: error: {error}')
-        sys.exit(0 if fine else f'scaling.py: points are more than {args.within:g} percent off')
+        if not fine:
+            sys.exit(f'scaling.py: points are more than {args.within:g} percent off')
 
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ device, dtype = sys.argv[1], getattr(torch, sys.argv[2])
 torch.use_deterministic_algorithms(True)
 for version, heads in (VRWKV, {}), (VRWKV6, {'num_heads': 2}):
     torch.manual_seed(0)
-    options = dict(img_size=64, patch_size=8, embed_dims=128, depth=3, drop_path_rate=0.3, post_norm=True)
+    options = dict(img_size=64, patch_size=8, embed_dims=128, depth=2, drop_path_rate=0.3, post_norm=True)
     model = version(init_values=1, **options, **heads).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(50):

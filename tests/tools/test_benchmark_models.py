@@ -10,9 +10,8 @@ from tools import benchmark_models
 
 
 def test_prints_a_row():
-    out = call(
-        sys.executable, 'tools/benchmark_models.py', '--rows', 'cpu-224', '--seconds', 0.1, cwd=ROOT, PYTHONPATH=ROOT
-    ).stdout
+    command = (sys.executable, 'tools/benchmark_models.py', '--rows', 'cpu-224', '--seconds', 0.1)
+    out = call(*command, cwd=ROOT, PYTHONPATH=ROOT).stdout
     (line,) = [line for line in out.splitlines() if line.startswith('| cpu-224 |')]
     cells = [cell.strip() for cell in line.strip('|').split('|')]
     ours, rival, ratio = (float(cell.split()[-1]) for cell in cells[4:7])
@@ -35,13 +34,12 @@ def test_a_step_of_each_model(mode):
             assert mode == 'train' or y.isfinite().all()
 
 
-def test_refuses_rows_of_the_other_device():
-    message = call(
-        sys.executable, 'tools/benchmark_models.py', '--rows', 't-224', cwd=ROOT, expect=2, PYTHONPATH=ROOT
-    ).stderr
-    assert 'not rows of --device cpu: t-224' in message
+def test_refuses_rows_of_the_other_device(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['benchmark_models.py', '--rows', 't-224'])
+    with pytest.raises(SystemExit, match='2'):
+        benchmark_models.main()
+    assert 'not rows of --device cpu: t-224' in capsys.readouterr().err
     if not torch.cuda.is_available():
-        message = call(
-            sys.executable, 'tools/benchmark_models.py', '--device', 'cuda', cwd=ROOT, expect=1, PYTHONPATH=ROOT
-        ).stderr
-        assert 'needs a CUDA GPU' in message
+        monkeypatch.setattr(sys, 'argv', ['benchmark_models.py', '--device', 'cuda'])
+        with pytest.raises(SystemExit, match='needs a CUDA GPU'):
+            benchmark_models.main()

@@ -1,5 +1,6 @@
 """What goes wrong amid a run is said in a line that names the process, the place and the thing; nothing hangs."""
 
+import errno
 import os
 import re
 import shutil
@@ -189,6 +190,7 @@ def test_a_model_that_takes_too_much_memory(tmp_path):
             'another process ended, or did not answer',
         ),
         (OSError(28, 'No space left on device', 'log.json'), '^cannot write log.json: No space left on device$'),
+        (OSError(errno.EDQUOT, 'Disk quota exceeded', 'log.json'), '^cannot write log.json: Disk quota exceeded$'),
         (OSError(28, 'No space left on device'), '^cannot write to the work dir: No space left on device$'),
     ],
 )
