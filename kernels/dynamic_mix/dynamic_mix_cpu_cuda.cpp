@@ -37,10 +37,10 @@ struct Call {
     double gamma;
     int64_t heads;
     at::ScalarType dtype;
-    // What the steps leave: the blend for the low ranks and tanh of its product, what they add to the mixes, the inputs
-    // of decay, key, value, receptance and gate, and tanh of the decay's product.
+    // What the steps leave: the blend for the low ranks, its product and tanh of that, what they add to the mixes, the
+    // inputs of decay, key, value, receptance and gate, the decay's product and tanh of that.
     Tensors mixes, ranks;
-    Tensor base, z, delta, mixed, t;
+    Tensor base, low, z, delta, mixed, decay, t;
 
     // Mixes as q_shift takes them: how much of a token stays.
     void prepare() {
@@ -74,10 +74,12 @@ struct Call {
 
     void run() {
         base = shift(first(), std::nullopt);
-        z = at::mm(rows(base[0]), ranks[0]).tanh_();
+        low = at::mm(rows(base[0]), ranks[0]);
+        z = low.tanh();
         delta = at::bmm(by_mix(z), ranks[1]).view({5, x.size(0), x.size(1), x.size(2)});
         mixed = shift(others(), delta);
-        t = at::mm(rows(mixed[0]), ranks[2]).tanh_();
+        decay = at::mm(rows(mixed[0]), ranks[2]);
+        t = decay.tanh();
     }
 };
 
@@ -119,6 +121,12 @@ Tensor factor_gradient(const Tensor& x, const Tensor& g, const Tensor& factor) {
     return map_gradient(x.unsqueeze(0), g.unsqueeze(0), factor);
 }
 
+// The gradient of x from that of y = tanh(x). 1 - y^2 of a y in half precision would have few digits left near 1.
+Tensor tanh_gradient(const Tensor& g, const Tensor& x, const Tensor& y) {
+    if (y.scalar_type() != at::kHalf && y.scalar_type() != at::kBFloat16) return at::tanh_backward(g, y);
+    return at::tanh_backward(g.to(at::kFloat), x.to(at::kFloat).tanh_()).to(y.scalar_type());
+}
+
 // The steps of a call, backwards.
 struct Backward {
     Call& call;
@@ -139,7 +147,7 @@ struct Backward {
     void through_decay(const Tensor& g) {
         granks[3] = factor_gradient(call.t, g, call.ranks_in[3]);
         Tensor x = rows(call.mixed[0]);
-        const Tensor inner = at::tanh_backward(at::mm(g, call.ranks[3].t()), call.t);
+        const Tensor inner = tanh_gradient(at::mm(g, call.ranks[3].t()), call.decay, call.t);
         granks[2] = factor_gradient(x, inner, call.ranks_in[2]);
         at::mm_out(x, inner, call.ranks[2].t());
     }
@@ -149,7 +157,7 @@ struct Backward {
         const Tensor g = gdelta.flatten(1, 2);
         granks[1] = at::bmm(call.by_mix(call.z).transpose(1, 2), g).to(call.ranks_in[1].scalar_type());
         const Tensor gz = at::bmm(g, call.ranks[1].transpose(1, 2)).transpose(0, 1).reshape(call.z.sizes());
-        const Tensor inner = at::tanh_backward(gz, call.z);
+        const Tensor inner = tanh_gradient(gz, call.low, call.z);
         Tensor x = rows(call.base[0]);
         granks[0] = factor_gradient(x, inner, call.ranks_in[0]);
         at::mm_out(x, inner, call.ranks[0].t());
