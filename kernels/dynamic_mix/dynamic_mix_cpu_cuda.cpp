@@ -27,6 +27,16 @@ void check_counts(at::TensorList mixes, at::TensorList ranks) {
                 " mixes and ", kRankCount, " low-rank factors, got ", mixes.size(), " and ", ranks.size());
 }
 
+// A matrix product, or several: in float32 of half precision, so that it is not rounded. out= leaves autocast out of
+// it.
+Tensor wide_product(const Tensor& x, const Tensor& y) {
+    const bool half = x.element_size() == 2, two = x.dim() == 2;
+    if (half && x.is_cuda()) return two ? at::mm(x, y, at::kFloat) : at::bmm(x, y, at::kFloat);
+    const Tensor a = half ? x.to(at::kFloat) : x, b = half ? y.to(at::kFloat) : y;
+    Tensor out = at::empty({0}, a.options());
+    return two ? at::mm_out(out, a, b) : at::bmm_out(out, a, b);
+}
+
 // One call's arguments in the order of the schemas, and its steps.
 struct Call {
     const Tensor& x;
@@ -37,10 +47,11 @@ struct Call {
     double gamma;
     int64_t heads;
     at::ScalarType dtype;
-    // What the steps leave: the blend for the low ranks, its product and tanh of that, what they add to the mixes, the
-    // inputs of decay, key, value, receptance and gate, the decay's product and tanh of that.
+    // What the steps leave: the blend for the low ranks and tanh of its product, what they add to the mixes, the inputs
+    // of decay, key, value, receptance and gate, and tanh of the decay's product. wide: before it is rounded to half
+    // precision, of which too few digits of 1 - tanh^2 would be left.
     Tensors mixes, ranks;
-    Tensor base, low, z, delta, mixed, decay, t;
+    Tensor base, wide_z, z, delta, mixed, wide_t, t;
 
     // Mixes as q_shift takes them: how much of a token stays.
     void prepare() {
@@ -74,12 +85,12 @@ struct Call {
 
     void run() {
         base = shift(first(), std::nullopt);
-        low = at::mm(rows(base[0]), ranks[0]);
-        z = low.tanh();
+        wide_z = wide_product(rows(base[0]), ranks[0]).tanh_();
+        z = wide_z.to(dtype);
         delta = at::bmm(by_mix(z), ranks[1]).view({5, x.size(0), x.size(1), x.size(2)});
         mixed = shift(others(), delta);
-        decay = at::mm(rows(mixed[0]), ranks[2]);
-        t = decay.tanh();
+        wide_t = wide_product(rows(mixed[0]), ranks[2]).tanh_();
+        t = wide_t.to(dtype);
     }
 };
 
@@ -121,12 +132,6 @@ Tensor factor_gradient(const Tensor& x, const Tensor& g, const Tensor& factor) {
     return map_gradient(x.unsqueeze(0), g.unsqueeze(0), factor);
 }
 
-// The gradient of x from that of y = tanh(x). 1 - y^2 of a y in half precision would have few digits left near 1.
-Tensor tanh_gradient(const Tensor& g, const Tensor& x, const Tensor& y) {
-    if (y.scalar_type() != at::kHalf && y.scalar_type() != at::kBFloat16) return at::tanh_backward(g, y);
-    return at::tanh_backward(g.to(at::kFloat), x.to(at::kFloat).tanh_()).to(y.scalar_type());
-}
-
 // The steps of a call, backwards.
 struct Backward {
     Call& call;
@@ -147,7 +152,7 @@ struct Backward {
     void through_decay(const Tensor& g) {
         granks[3] = factor_gradient(call.t, g, call.ranks_in[3]);
         Tensor x = rows(call.mixed[0]);
-        const Tensor inner = tanh_gradient(at::mm(g, call.ranks[3].t()), call.decay, call.t);
+        const Tensor inner = at::tanh_backward(wide_product(g, call.ranks[3].t()), call.wide_t).to(call.dtype);
         granks[2] = factor_gradient(x, inner, call.ranks_in[2]);
         at::mm_out(x, inner, call.ranks[2].t());
     }
@@ -156,8 +161,8 @@ struct Backward {
     void through_mixes(const Tensor& gdelta) {
         const Tensor g = gdelta.flatten(1, 2);
         granks[1] = at::bmm(call.by_mix(call.z).transpose(1, 2), g).to(call.ranks_in[1].scalar_type());
-        const Tensor gz = at::bmm(g, call.ranks[1].transpose(1, 2)).transpose(0, 1).reshape(call.z.sizes());
-        const Tensor inner = tanh_gradient(gz, call.low, call.z);
+        const Tensor gz = wide_product(g, call.ranks[1].transpose(1, 2)).transpose(0, 1).reshape(call.z.sizes());
+        const Tensor inner = at::tanh_backward(gz, call.wide_z).to(call.dtype);
         Tensor x = rows(call.base[0]);
         granks[0] = factor_gradient(x, inner, call.ranks_in[0]);
         at::mm_out(x, inner, call.ranks[0].t());

@@ -36,6 +36,13 @@ def _by_mix(z: Tensor) -> Tensor:
     return z.view(len(z), MIXES, z.shape[1] // MIXES).transpose(0, 1)
 
 
+def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """A product of matrices, of which half precision is not rounded: 1 - tanh^2 would have too few digits left."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # out= leaves autocast out of it.
+    return (torch.mm if x.dim() == 2 else torch.bmm)(x.to(wide), y.to(wide), out=x.new_empty(0, dtype=wide))
+
+
 class _Steps:
     """One call's steps: the inputs ``mixed`` (5, B, T, C), and what lies before and after them."""
 
@@ -45,12 +52,12 @@ class _Steps:
         self.arguments = weight, bias, stats, *where[:-1]
         q_shift, arguments = torch.ops.vision_rwkv.q_shift, (*self.arguments, where[-1])
         self.base = q_shift(x, self.mixes[:1], None, *arguments)
-        self.low = _rows(self.base) @ self.ranks[0]
-        self.z = torch.tanh(self.low)
+        self.wide_z = torch.tanh(_wide_product(_rows(self.base), self.ranks[0]))
+        self.z = self.wide_z.to(where[-1])
         self.delta = torch.bmm(_by_mix(self.z), self.ranks[1]).view(MIXES, *x.shape)
         self.mixed = q_shift(x, self.mixes[1:], self.delta, *arguments)
-        self.low_decay = _rows(self.mixed[0]) @ self.ranks[2]
-        self.decay = torch.tanh(self.low_decay)
+        self.wide_decay = torch.tanh(_wide_product(_rows(self.mixed[0]), self.ranks[2]))
+        self.decay = self.wide_decay.to(where[-1])
 
 
 @torch.library.impl(_NAME, 'CompositeExplicitAutograd')
@@ -84,15 +91,15 @@ def _dynamic_linear_backward(g, x, mixes, ranks, maps, weight, bias, stats, eps,
     for part, grad, m in zip(steps.mixed[1:].unbind(), g[:-1], maps, strict=True):
         gmaps.append(_weight_gradient(grad, part).to(m.dtype))
         _input_gradient(grad, m, out=part)  # in place of the input, which is no longer needed
-    inner = _tanh_gradient(graw @ steps.ranks[3].t(), steps.low_decay)
+    inner = _tanh_gradient(_wide_product(graw, steps.ranks[3].t()), steps.wide_decay).to(where[-1])
     granks = [_weight_gradient(_rows(steps.mixed[0]), inner), _weight_gradient(steps.decay, graw)]
     torch.mm(inner, steps.ranks[2].t(), out=_rows(steps.mixed[0]))
     gx, gmixes, gdelta, gweight, gbias = q_shift_backward(
         steps.mixed, x, steps.mixes[1:], steps.delta, *steps.arguments
     )
     gdelta = gdelta.flatten(1, 2)
-    gz = torch.bmm(gdelta, steps.ranks[1].transpose(1, 2)).transpose(0, 1).flatten(1)
-    inner = _tanh_gradient(gz, steps.low)
+    gz = _wide_product(gdelta, steps.ranks[1].transpose(1, 2)).transpose(0, 1).flatten(1)
+    inner = _tanh_gradient(gz, steps.wide_z).to(where[-1])
     granks = [
         _weight_gradient(_rows(steps.base), inner),
         torch.bmm(_by_mix(steps.z).transpose(1, 2), gdelta),
@@ -104,10 +111,8 @@ def _dynamic_linear_backward(g, x, mixes, ranks, maps, weight, bias, stats, eps,
     return gx + first[0], -torch.cat([first[1], gmixes]), granks, gmaps, gweight + first[3], gbias + first[4]
 
 
-def _tanh_gradient(g: Tensor, x: Tensor) -> Tensor:
-    # From x: 1 - tanh(x)^2 of a tanh in half precision would have few digits left near 1.
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (g.to(wide) * (1 - torch.tanh(x.to(wide)).square())).to(x.dtype)
+def _tanh_gradient(g: Tensor, y: Tensor) -> Tensor:
+    return g * (1 - y * y)
 
 
 @torch.library.register_fake(_LINEAR)
