@@ -1,11 +1,13 @@
 """Pictures of predictions: the photograph with what was found in it, and beside it a list of classes."""
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -20,6 +22,7 @@ LEAST_ROWS = 15  # of a list: room for five long names
 BAR = '#1565c0'
 
 Color = tuple[float, float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Canvas(NamedTuple):
@@ -81,32 +84,61 @@ def draw_instances(picture: np.ndarray, instances: Sequence[dict]) -> Figure:
     instances: {'label', 'name', 'score', 'box': left, top, right, bottom, 'mask': (H, W) bool or absent}, best first.
     """
     made = canvas(tinted(picture, instances), panel=False)
-    height, width = picture.shape[:2]
-    row = ROW * made.unit * height / made.figure.get_figheight()
-    margin = 0.15 * row  # of a label, to all sides
     for found in reversed(instances):
         left, top, right, bottom = found['box']
-        color = color_of(found['label'])
+        color, linewidth = color_of(found['label']), 1.3 * made.unit
         made.photo.add_patch(
-            Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=1.3 * made.unit)
+            Rectangle((left, top), right - left, bottom - top, fill=False, color=color, linewidth=linewidth)
         )
-        # Above the box where there is room, and towards the middle of the picture: never cut off.
-        at_right = (left + right) / 2 > width / 2
-        made.photo.text(
-            min(right, width) - margin if at_right else max(left, 0) + margin,
-            top - margin if top > row else max(top, 0) + margin,
+    renderer = FigureCanvasAgg(made.figure).get_renderer()
+    pixel = picture.shape[0] / (made.figure.get_figheight() * DPI)  # of the figure, in those of the photograph
+    margin = 0.15 * ROW * made.unit * DPI * pixel  # of a label, to all sides
+    taken: list[Box] = []
+    for found in instances:
+        text = made.photo.text(
+            0,
+            0,
             f'{found["name"]} {found["score"]:.0%}',
             fontsize=FONT * made.unit,
             color='white',
-            ha='right' if at_right else 'left',
-            va='bottom' if top > row else 'top',
+            va='top',
             bbox={
-                'facecolor': np.multiply(color, 0.75),
+                'facecolor': np.multiply(color_of(found['label']), 0.75),
                 'edgecolor': 'none',
-                'pad': margin / row * ROW * 72 * made.unit,
+                'pad': 0.15 * ROW * 72 * made.unit,
             },
+            zorder=3 + found['score'],  # where labels must overlap, the best one is on top
         )
+        extent = text.get_window_extent(renderer)
+        size = extent.width * pixel + 2 * margin, extent.height * pixel + 2 * margin
+        taken.append(place_label(found['box'], size, picture.shape[:2], taken))
+        text.set_position((taken[-1][0] + margin, taken[-1][1] + margin))
     return made.figure
+
+
+def place_label(box: Box, size: tuple[float, float], within: tuple[int, int], taken: list[Box]) -> Box:
+    """Where the label (width, height) of a box goes, inside a picture (height, width).
+
+    Above the box where there is room, inside it, or below; at its end that is nearer to the middle of the picture, or
+    the other one: the first of these places that overlaps none of ``taken``.
+    """
+    left, top, right, bottom = box
+    width, height = size
+    ends = [left, right - width] if left + right <= within[1] else [right - width, left]
+    heights = [top - height, top, bottom - height, bottom]
+    if top < height:
+        heights.remove(top - height)
+    places = []
+    for x, y in itertools.product(ends, heights):
+        x, y = max(0.0, min(x, within[1] - width)), max(0.0, min(y, within[0] - height))
+        places.append((x, y, x + width, y + height))
+    free = (one for one in places if not any(overlap(one, other) for other in taken))
+    return next(free, places[0])
+
+
+def overlap(one: Box, other: Box) -> bool:
+    """Whether two boxes share more than an edge."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def tinted(picture: np.ndarray, instances: Sequence[dict]) -> np.ndarray:
@@ -124,7 +156,9 @@ def draw_segments(picture: np.ndarray, classes: Sequence[tuple[str, Color, float
     shown = classes if len(classes) <= made.rows else classes[: made.rows - 1]
     for row, (name, color, share) in enumerate(shown):
         top = row + 0.8
-        made.panel.add_patch(Rectangle((0.05, top - 0.36), 0.09, 0.72, color=color))
+        made.panel.add_patch(
+            Rectangle((0.05, top - 0.36), 0.09, 0.72, facecolor=color, edgecolor='#808080', linewidth=0.5 * made.unit)
+        )
         short = textwrap.shorten(name, 24, placeholder=' …')
         made.panel.text(0.18, top, short, fontsize=FONT * made.unit, va='center')
         made.panel.text(

@@ -9,10 +9,26 @@ python=$(realpath -s "$1")
 cd "$(dirname "$0")/.."
 if [ "$2" = cuda ]; then
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # or a read past one tensor ends in another
+    logs=build/sanitize/cuda
+    mkdir -p $logs
+    check() { # tool, options of pytest; only PyTorch's kernels say for initcheck what has been written
+        local kernels=(--kernel-name 'regex=[0-9](bi_wkv|wkv6|q_shift|pointwise|rows)')
+        [ "$1" != initcheck ] || kernels=()
+        compute-sanitizer --tool "$1" "${kernels[@]}" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider -m cuda "${@:2}"
+    }
+    declare -A running
     for tool in memcheck racecheck initcheck synccheck; do
-        compute-sanitizer --tool $tool --error-exitcode 9 "$python" -m pytest -q tests/ops/test_attack.py -m cuda --attack 200
+        check $tool tests/ops/test_attack.py -k kernels_alone --attack 300 >$logs/$tool 2>&1 &
+        running[$tool]=$!
+        check $tool tests/ops/test_attack_fused.py --attack 200 >$logs/$tool-fused 2>&1 &
+        running[$tool-fused]=$!
     done
-    exit
+    failed=0
+    for name in "${!running[@]}"; do
+        wait "${running[$name]}" || { failed=1; cat "$logs/$name"; }
+        echo "$name: $(tail -n 1 "$logs/$name")"
+    done
+    exit $failed
 fi
 flags='-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer'
 mkdir -p build/sanitize

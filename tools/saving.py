@@ -52,16 +52,22 @@ class CheckpointHook(hooks.CheckpointHook):
                 self.remove(path)
 
 
-def latest_checkpoint(work_dir: str) -> str | None:
-    """The newest whole checkpoint in ``work_dir``: the one MMEngine noted, else (the note may be cut) by date.
+def is_whole(path: Path) -> bool:
+    """Whether a checkpoint is there and not cut: a file, or a folder of files as DeepSpeed writes it.
 
     A file that is cut, by a full disk or a copy that broke off, lacks the list of contents at its end.
     """
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    return bool(files) and all(map(zipfile.is_zipfile, files))
+
+
+def latest_checkpoint(work_dir: str) -> str | None:
+    """The newest whole checkpoint in ``work_dir``: the one MMEngine noted, else (the note may be cut) by date."""
     note = Path(work_dir, 'last_checkpoint')
     if note.is_file():
         noted = Path(work_dir, Path(note.read_text().strip()).name)  # by name: the folder may have moved
-        if noted.is_file() and zipfile.is_zipfile(noted):
+        if noted.name.endswith('.pth') and is_whole(noted):
             return str(noted)
     found = [path for kind in ('epoch', 'iter') for path in Path(work_dir).glob(f'{kind}_*.pth')]
-    whole = filter(zipfile.is_zipfile, sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True))
+    whole = filter(is_whole, sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True))
     return next(map(str, whole), None)

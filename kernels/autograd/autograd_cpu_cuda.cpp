@@ -10,11 +10,14 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "block/block.h"
 
 namespace vision_rwkv {
 namespace {
@@ -198,6 +201,71 @@ struct LogDecay : torch::autograd::Function<LogDecay> {
     }
 };
 
+// A block's results come with what its backward takes beside the arguments, which is saved too.
+struct Block : torch::autograd::Function<Block> {
+    static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const OperatorHandle& op, DispatchKeySet,
+                                 Stack* stack) {
+        static const auto kept = c10::Dispatcher::singleton().findSchemaOrThrow("vision_rwkv::vrwkv_block_kept", "");
+        const auto given = arguments(op, *stack);
+        ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(with_tensors(given, {}));
+        Stack call(given.begin(), given.end());
+        {
+            at::AutoDispatchBelowADInplaceOrView below;
+            kept.callBoxed(&call);
+        }
+        variable_list all = call[0].toTensorVector(), saved = inputs.vec(), out(all.begin(), all.begin() + 2);
+        saved.insert(saved.end(), all.begin() + 2, all.end());
+        ctx->save_for_backward(std::move(saved));
+        ctx->set_materialize_grads(false);
+        ctx->mark_non_differentiable({out[1]});  // statistics: the gradient through them is part of the norm's
+        torch::jit::drop(*stack, given.size());
+        torch::jit::push(*stack, out[0], out[1]);
+        return out;
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& g) {
+        static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("vision_rwkv::vrwkv_block_backward", "");
+        const auto saved_arguments = ctx->saved_data["arguments"].toTuple();
+        const variable_list saved = ctx->get_saved_variables();
+        const Values given = with_tensors(saved_arguments->elements(), saved);
+        const variable_list inputs = tensors(given);
+        variable_list out(inputs.size() + NO_TENSORS);
+        if (!g[0].defined()) return out;
+        Stack stack{g[0]};
+        stack.insert(stack.end(), given.begin(), given.end());
+        stack.emplace_back(variable_list(saved.begin() + static_cast<int64_t>(inputs.size()), saved.end()));
+        op.callBoxed(&stack);
+        const variable_list grads = spread(given, stack[0].toTensorVector());
+        std::copy(grads.begin(), grads.end(), out.begin());
+        return out;
+    }
+
+ private:
+    // In the order of the arguments; undefined for those without a gradient.
+    static variable_list spread(const Values& given, const variable_list& found) {
+        const bool post_norm = given[kPostNorm].toBool();
+        variable_list out{found[kGx]};
+        const auto add = [&](const Tensor& grad, const Tensor& parameter) {
+            out.push_back(grad.to(parameter.scalar_type()).view_symint(parameter.sym_sizes()));
+        };
+        const auto column = [&](int half, int64_t i) { return found[half ? kColumns2 : kColumns1].select(0, i); };
+        if (given[kStats].isTensor()) out.emplace_back();
+        const variable_list norms = given[kNorms].toTensorVector(), mixes = given[kMixes].toTensorVector();
+        size_t other = kOthers;
+        for (size_t i = 0; i < norms.size(); ++i) {
+            const int half = i / 2, of_mixes = half ? kMixCount - kSpatial : kSpatial;
+            add(post_norm ? found[other++] : column(half, of_mixes + i % 2), norms[i]);
+        }
+        for (int i = 0; i < kMixCount; ++i) add(i < kSpatial ? column(0, i) : column(1, i - kSpatial), mixes[i]);
+        for (int i = 0; i < kMapCount; ++i) out.push_back(found[kGmaps + i]);
+        out.push_back(found[kGw]);
+        out.push_back(found[kGu]);
+        for (const size_t gamma : {kGamma1, kGamma2})
+            if (given[gamma].isTensor()) out.push_back(found[other++]);
+        return out;
+    }
+};
+
 template <typename Gradient>
 void differentiable(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
     const variable_list inputs = tensors(arguments(op, *stack));
@@ -236,10 +304,12 @@ void implement(torch::Library& m, const std::string& name) {
 
 TORCH_LIBRARY_IMPL(vision_rwkv, Autograd, m) {
     for (const char* name : {"bi_wkv", "wkv6", "q_shift", "mix_linear", "gated_linear", "squared_relu_linear", "gate",
-                             "squared_relu", "norm_gate"})
+                             "squared_relu", "norm_gate", "dynamic_linear"})
         implement<Usual>(m, name);
     implement<Residual>(m, "residual");
     implement<LogDecay>(m, "log_decay");
+    implement<Block>(m, "vrwkv_block");
+    m.impl("vrwkv_block_kept", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace vision_rwkv

@@ -23,11 +23,15 @@ struct Call {
 
 // How a call is cut into tiles, see "CUDA plan" in README.md.
 struct Plan {
-    int rows;           // of a tile, kRow tokens each
-    int chunks;         // tiles along the tokens
-    int slices;         // tiles along the channels
-    int processors;     // of the device
-    int64_t workspace;  // bytes
+    int rows;                  // of a tile, kRow tokens each
+    int chunks;                // tiles along the tokens
+    int slices;                // tiles along the channels
+    int group;                 // slices of which all tiles come before those of others; divides `slices`
+    int blocks;                // of a kernel that takes long sequences in one pass; 0: several kernels
+    int stages;                // tiles that are copied ahead
+    int shared_before_stages;  // bytes of a block's shared memory before them
+    int processors;            // of the device
+    int64_t workspace;         // bytes
 };
 
 template <typename T>

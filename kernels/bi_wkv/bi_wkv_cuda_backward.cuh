@@ -98,41 +98,42 @@ __device__ inline Pair key_value_gradients(const Channel& channel, float (&e)[kR
 // A row in hand, up to its tokens' adjoints.
 struct AdjointRow {
     float e[kRow], v[kRow], a[kRow], b[kRow], reference;
-    Pair in[2], adjoint[2], before_row;  // in: what other rows send; adjoint: what this one sends
+    Pair in[2], adjoint[2], before_row, received;  // in: what other rows send; adjoint: what this one sends
     ParameterSums grads = {0, 0};
 
-    // Shares the adjoint sums with the other rows.
-    template <typename T, Others kOthers, typename Next>
-    __device__ void make(const Problem& p, const Tile& t, const Channel& channel, Next next) {
-        receive<T, kOthers, true>(p, t, channel, e, v, &reference, in, [&] { read_row(staged<T>(p, 2), a); }, next);
+    template <typename T, Others kOthers, typename AfterSharing>
+    __device__ void receive(const Problem& p, const Tile& t, const Channel& channel, unsigned turn,
+                            AfterSharing after) {
+        const auto read_more = [&](const auto& copies) { read_row(copies.staged(turn, 2), a); };
+        bi_wkv::receive<T, 3, kOthers, true>(p, t, channel, turn, e, v, &reference, in, read_more, after);
+    }
+
+    // The adjoints, from what the other rows send, and their sums, where the other rows find them.
+    __device__ void share_adjoints(const Problem& p, const Channel& channel) {
         token_adjoints(channel, e, v, in[0], in[1], a, b, adjoint, &before_row, &grads);
-        const Shared shared = shared_parts(p);
         const bool in_range = within(adjoint[0], kLargestAdjoint) && within(adjoint[1], kLargestAdjoint);
-        share(shared.rows[1], shared.threads, adjoint, in_range);
+        received = share(p, kAdjointSums, channel.row_decay, adjoint, in_range);
     }
 };
 
 // The sums of the adjoints that each tile leaves for the others.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<true>, 4) adjoint_sums_kernel(const __grid_constant__ Problem p) {
-    const auto fast = [&](const Tile& t, const Channel& channel, auto next) {
+    const auto fast = [&](const Tile& t, const Channel& channel, unsigned turn, const Resume&, auto next) -> int {
         AdjointRow x;
-        x.make<T, kForward>(p, t, channel, next);
-        publish(p, t, kAdjointSums, shared_parts(p).rows[1], channel.row_decay, -x.reference);
+        x.receive<T, kForward>(p, t, channel, turn, next);
+        x.share_adjoints(p, channel);
+        if (this_row() < 2) publish(p, t, kAdjointSums, channel.row_decay, -x.reference);
+        return kDone;
     };
-    for_each_tile<T, 3, true>(p, fast, [&](unsigned i, unsigned lanes) { exact_adjoint_sums<T>(p, i, lanes); });
+    for_each_tile<T, 3, true>(
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
+        [&](unsigned i, unsigned lanes, int) { exact_adjoint_sums<T>(p, i, lanes); });
 }
 
-// The second half of gradient_kernel.
-template <typename T, bool kMany>
+// The second half of gradient_kernel, with x.adjoint what the other rows send.
+template <typename T>
 __device__ inline void finish_gradients(const Problem& p, const Tile& t, const Channel& channel, AdjointRow& x) {
-    const Shared shared = shared_parts(p);
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-        const Pair beyond = kMany ? incoming(p, kAdjointSums, side) : Pair{0, 0};
-        x.adjoint[side] =
-            gather_rows(shared.rows[1], p.plan.rows, side, rows_before(p, side), channel.row_decay, beyond);
-    }
     const Pair left = x.adjoint[0];
     const Pair before_row = key_value_gradients(channel, x.e, x.v, left, x.adjoint[1], x.a, x.b, &x.grads);
     const float over_border =
@@ -145,13 +146,20 @@ __device__ inline void finish_gradients(const Problem& p, const Tile& t, const C
 template <typename T, bool kMany>
 __global__ void __launch_bounds__(kMaxThreads<kMany>, kMany ? 4 : 2)
     gradient_kernel(const __grid_constant__ Problem p) {
-    const auto fast = [&](const Tile& t, const Channel& channel, auto next) {
+    const auto fast = [&](const Tile& t, const Channel& channel, unsigned turn, const Resume&, auto next) -> int {
         AdjointRow x;
-        x.make<T, kMany ? kBoth : kNone>(p, t, channel, next);
-        finish_gradients<T, kMany>(p, t, channel, x);
+        x.receive<T, kMany ? kBoth : kNone>(p, t, channel, turn, next);
+        x.share_adjoints(p, channel);
+        Pair beyond[2] = {};
+        if constexpr (kMany) beyond[0] = incoming(p, kAdjointSums, 0), beyond[1] = incoming(p, kAdjointSums, 1);
+        gather_rows(p, kAdjointSums, channel.row_decay, x.received, beyond, x.adjoint);
+        finish_gradients<T>(p, t, channel, x);
+        return kDone;
     };
     // The other way round than adjoint_sums_kernel, whose last tiles are still in the L2 cache.
-    for_each_tile<T, 3, false>(p, fast, [&](unsigned i, unsigned lanes) { exact_gradients<T>(p, i, lanes); });
+    for_each_tile<T, 3, false>(
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
+        [&](unsigned i, unsigned lanes, int) { exact_gradients<T>(p, i, lanes); });
 }
 
 // gw and gu: the sum of the tiles' partial sums, in a fixed order. A block serves one slice; a group of its threads has

@@ -1,6 +1,7 @@
 // What the Bi-WKV kernels share: a tile's place, its way into shared memory, and the sums that tiles leave for others.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -35,17 +36,27 @@ struct State {
     double m, x, y;
 };
 
+// What a tile sends to one side in one pass: two sums times 2^-base, or the word that they lie in its State. It comes
+// in one piece, so no other memory has to be waited for.
+struct alignas(16) Message {
+    float base, x, y;
+    unsigned kind;
+};
+enum : unsigned { kMissing, kPlain, kInState };
+
 // The arguments of a kernel.
 struct Problem {
+    CUtensorMap maps[3];  // k, v, and gy or r, in boxes of a tile; if `vectors`, from compute capability 9.0 on
     Call call;
     Plan plan;
     unsigned tiles, tokens, channels, token_bytes;
     int chunk_tokens;
-    bool vectors;  // k, v and gy lie such that 16 bytes of a token can be copied at once
-    Divisor by_slices, by_chunks;
-    State* sums;  // (phase, sample, chunk, slice, side, kLanes): what a chunk sends, then what it gets; chunks > 1
+    bool vectors;  // k, v, gy and r lie such that 16 bytes of a token can be copied at once
+    Divisor by_group, by_chunks, by_groups;
+    State* sums;  // (phase, sample, slice, chunk, side, kLanes): what a chunk sends, then what it gets; chunks > 1
     float* references;  // (sample, chunk, slice, kLanes): what a tile's weights are relative to, NaN for the exact path
     void* partials;     // (sample, chunk, slice, 2, kLanes): a tile's gw and gu; backward only
+    Message* messages;  // like sums; one pass only
 };
 
 __device__ inline float to_real(float x) { return x; }
@@ -115,7 +126,7 @@ __device__ inline float fast_reciprocal(float x) {
 }
 
 __device__ inline char* shared_memory() {
-    extern __shared__ __align__(16) char bi_wkv_shared[];
+    extern __shared__ __align__(128) char bi_wkv_shared[];
     return bi_wkv_shared;
 }
 
@@ -151,13 +162,14 @@ struct Tile {
     __device__ unsigned channel() const { return slice * kLanes + this_lane(); }
 };
 
-// Neighbouring tiles are neighbouring slices of the same tokens, which share lines of memory.
+// Neighbouring tiles are neighbouring slices of the same tokens, which share lines of memory. Then come the group's
+// other tokens, the other groups, the other samples.
 __device__ inline Tile locate(const Problem& p, unsigned number) {
     Tile t;
-    const unsigned chunk = p.by_slices.divide(number);  // of all samples
-    t.slice = number - chunk * p.by_slices.by;
-    t.sample = p.by_chunks.divide(chunk);
-    t.chunk = static_cast<int>(chunk - t.sample * p.by_chunks.by);
+    const unsigned chunk = p.by_group.divide(number), group = p.by_chunks.divide(chunk);  // of all groups and samples
+    t.sample = p.by_groups.divide(group);
+    t.slice = (group - t.sample * p.by_groups.by) * p.by_group.by + (number - chunk * p.by_group.by);
+    t.chunk = static_cast<int>(chunk - group * p.by_chunks.by);
     const unsigned token = t.chunk * p.chunk_tokens;
     t.in_chunk = static_cast<int>(min(unsigned(p.chunk_tokens), p.tokens - token));
     t.at = static_cast<int64_t>((uint64_t(t.sample) * p.tokens + token) * p.channels + t.slice * kLanes);
@@ -180,87 +192,34 @@ __device__ inline int64_t tile_index(const Problem& p, const Tile& t) {
     return (int64_t(t.sample) * p.plan.chunks + t.chunk) * p.plan.slices + t.slice;
 }
 
+__device__ inline int64_t sums_index(const Problem& p, const Tile& t, Phase phase, int side) {
+    const int64_t sequence = (phase * p.call.batch + t.sample) * p.plan.slices + t.slice;
+    return ((sequence * p.plan.chunks + t.chunk) * 2 + side) * kLanes + this_lane();
+}
+
 // Of the tile and this lane. side 0: from the tokens on the left to those on the right; side 1: the other way.
 __device__ inline State* tile_sums(const Problem& p, const Tile& t, Phase phase, int side) {
-    const int64_t index = int64_t(phase) * p.tiles + tile_index(p, t);
-    return p.sums + (index * 2 + side) * kLanes + this_lane();
+    return p.sums + sums_index(p, t, phase, side);
+}
+
+// Writes and reads a message in one piece.
+__device__ inline void send(Message* to, const Message& x) {
+    unsigned __int128 bits;
+    memcpy(&bits, &x, sizeof(x));
+    asm volatile("st.relaxed.gpu.global.b128 [%0], %1;" ::"l"(to), "q"(bits) : "memory");
+}
+
+__device__ inline Message look_for(const Message* from) {
+    unsigned __int128 bits;
+    asm volatile("ld.relaxed.gpu.global.b128 %0, [%1];" : "=q"(bits) : "l"(from) : "memory");
+    Message x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
 }
 
 __device__ inline float* tile_reference(const Problem& p, const Tile& t) {
     return p.references + tile_index(p, t) * kLanes + this_lane();
 }
-
-// One tensor's tile in shared memory: rows of kRow tokens, and the space of one more, which keeps the two rows that a
-// warp reads in different banks.
-template <typename T>
-struct Staged {
-    static constexpr int kToken = kLanes * sizeof(T), kRowBytes = (kRow + 1) * kToken;
-    char* base;
-
-    __device__ T* at(int row, int token) const { return reinterpret_cast<T*>(base + row * kRowBytes + token * kToken); }
-};
-
-// shared: an address within the shared memory.
-__device__ inline void copy_16_bytes(uint32_t shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// A thread's part in copying tiles: one piece of as many tokens as a token has pieces.
-template <typename T>
-struct CopyPart {
-    static constexpr int kPieces = Staged<T>::kToken / 16, kInPiece = 16 / sizeof(T);
-    static constexpr int kGroupBytes = kPieces * Staged<T>::kToken, kGroupsInBanks = kGroupBytes < 128 ? 2 : 1;
-    int first, in_token,
-        channels;    // the first token; the piece's first channel in the slice; those that exist from it on
-    int64_t offset;  // of the first token's piece in a tensor
-
-    __device__ CopyPart(const Problem& p, const Tile& t) {
-        first = threadIdx.x / kPieces * kPieces;
-        in_token = threadIdx.x % kPieces * kInPiece;
-        channels = static_cast<int>(p.channels - t.slice * kLanes) - in_token;
-        offset = t.at + (uint64_t(first) * p.channels + in_token);
-    }
-
-    // Whether all of it exists and lies such that it can be copied at once.
-    __device__ bool is_plain(const Problem& p, const Tile& t) const {
-        return p.vectors && channels > 0 && first + kPieces <= t.in_chunk;
-    }
-
-    __device__ T* target(Staged<T> to) const { return to.at(first / kRow, first % kRow) + in_token; }
-
-    __device__ void start(Staged<T> to, const void* from, const Problem& p) const {
-        // Every other group of threads takes its tokens in pairs the other way round: the eight threads that write to
-        // shared memory at a time then write to different banks.
-        const int swap = threadIdx.x / (kPieces * kGroupsInBanks) % 2;
-        const T* source = static_cast<const T*>(from) + offset;
-        const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(target(to)));
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-            copy_16_bytes(at + (i ^ swap) * Staged<T>::kToken, offset_by(source, i ^ swap, p.token_bytes));
-        }
-    }
-
-    // One number at a time. Channels that do not exist become zeros, and so do tokens, unless they are keys: those get
-    // so low that they weigh nothing.
-    template <bool kKeys>
-    __device__ void copy(Staged<T> to, const void* from, const Problem& p, const Tile& t) const {
-        const T* source = static_cast<const T*>(from) + offset;
-        T* at = target(to);
-        T zero, lowest;
-        store(&zero, 0.0f);
-        store(&lowest, !kKeys ? 0.0f : std::is_same_v<T, __half> ? -65504.0f : -3e38f);
-#pragma unroll 1
-        for (int i = 0; i < kPieces; ++i) {
-            const bool here = first + i < t.in_chunk;
-#pragma unroll 1
-            for (int j = 0; j < kInPiece; ++j) {
-                at[i * kLanes + j] = !here ? lowest : j < channels ? offset_by(source, i, p.token_bytes)[j] : zero;
-            }
-        }
-    }
-};
 
 // The sum over the tile's rows of each thread's gw and gu, in a fixed order, to the tile's place in partials; of the
 // lanes whose bits are set. Uses the start of the shared memory.

@@ -21,7 +21,7 @@ __device__ inline State merge(const State& a, const State& b) {
 __device__ inline State decayed(const State& s, double decay) { return {s.m - decay, s.x, s.y}; }
 
 struct ExactRow {
-    double w, u;
+    double w, u, largest;  // largest: of the exponents that w and u make
     int valid;
     bool mine;  // whether this lane is to be done
 };
@@ -36,23 +36,26 @@ __device__ inline void row_sums(const ExactRow& row, Term term, State (&sums)[2]
     sums[0] = decayed(sums[0], row.valid > 0 ? (kRow - row.valid) * row.w : 0);
 }
 
-// Shares the rows' sums; afterwards one thread for each side and lane calls `use` with that side and lane's first row.
+// Shares the rows' sums; one thread for each lane calls `use` with each side and that lane's first row. What that
+// leaves there are then the sums.
 template <typename Use>
-__device__ inline void share_rows(const Problem& p, const ExactRow& row, const State (&sums)[2], Use use) {
+__device__ inline void share_rows(const ExactRow& row, State (&sums)[2], Use use) {
     State* shared = reinterpret_cast<State*>(shared_memory());
-    const int rows = p.plan.rows, threads = rows * kLanes;
-    __syncthreads();
-    for (int side = 0; side < 2; ++side) shared[side * threads + threadIdx.x] = sums[side];
-    __syncthreads();
-    for (int side = this_row(); side < 2 && row.mine; side += rows) use(side, shared + side * threads + this_lane());
-    __syncthreads();
+    for (int side = 0; side < 2; ++side) {
+        __syncthreads();
+        shared[threadIdx.x] = sums[side];
+        __syncthreads();
+        if (this_row() == 0 && row.mine) use(side, shared + this_lane());
+        __syncthreads();
+        sums[side] = shared[threadIdx.x];
+    }
 }
 
 // Leaves the tile's sums for the other tiles.
 __device__ inline void exact_publish(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
-                                     const State (&sums)[2]) {
+                                     State (&sums)[2]) {
     const int rows = p.plan.rows;
-    share_rows(p, row, sums, [&](int side, const State* of_rows) {
+    share_rows(row, sums, [&](int side, const State* of_rows) {
         State all = empty_state();
         for (int i = 0; i < rows; ++i) {
             all = merge(decayed(all, kRow * row.w), of_rows[(side == 0 ? i : rows - 1 - i) * kLanes]);
@@ -61,13 +64,31 @@ __device__ inline void exact_publish(const Problem& p, const Tile& t, const Exac
     });
 }
 
+// What the other tiles of the sequence send to this one from one side, where no kernel has added it up.
+__device__ inline State exact_incoming(const Problem& p, const Tile& t, const ExactRow& row, Phase phase, int side) {
+    State in = empty_state();
+    Tile other = t;
+    const int step = side == 0 ? 1 : -1;
+    for (other.chunk = side == 0 ? 0 : p.plan.chunks - 1; other.chunk != t.chunk; other.chunk += step) {
+        const Message* from = p.messages + sums_index(p, other, phase, side);
+        Message x = look_for(from);
+        while (x.kind == kMissing) x = look_for(from);
+        __threadfence();
+        const State sent = x.kind == kPlain ? State{x.base * kNats, x.x, x.y} : *tile_sums(p, other, phase, side);
+        in = merge(decayed(in, p.chunk_tokens * row.w), sent);
+    }
+    return in;
+}
+
 // Turns the sums of each row into what all other rows of the sequence send: sums[0] from the left, sums[1] from the
 // right.
 __device__ inline void exact_exchange(const Problem& p, const Tile& t, const ExactRow& row, Phase phase,
                                       State (&sums)[2]) {
     const int rows = p.plan.rows;
-    share_rows(p, row, sums, [&](int side, State* of_rows) {
-        State in = p.plan.chunks > 1 ? *tile_sums(p, t, phase, side) : empty_state();
+    share_rows(row, sums, [&](int side, State* of_rows) {
+        State in = p.plan.chunks == 1  ? empty_state()
+                   : p.plan.blocks > 0 ? exact_incoming(p, t, row, phase, side)
+                                       : *tile_sums(p, t, phase, side);
         for (int i = 0; i < rows; ++i) {
             State* place = of_rows + (side == 0 ? i : rows - 1 - i) * kLanes;
             const State own = *place;
@@ -75,13 +96,12 @@ __device__ inline void exact_exchange(const Problem& p, const Tile& t, const Exa
             in = merge(decayed(in, kRow * row.w), own);
         }
     });
-    const State* shared = reinterpret_cast<const State*>(shared_memory());
-    for (int side = 0; side < 2; ++side) sums[side] = shared[side * rows * kLanes + threadIdx.x];
 }
 
 __device__ inline ExactRow exact_row(const Problem& p, const Tile& t, unsigned lanes) {
-    return {channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel()),
-            channel_parameter<double>(p, p.call.u, p.call.u_type, t.channel()),
+    const double w = channel_parameter<double>(p, p.call.w, p.call.w_type, t.channel());
+    const double u = channel_parameter<double>(p, p.call.u, p.call.u_type, t.channel());
+    return {w, u, fmax(fabs(w) * p.tokens, fabs(u)),
             t.channel() < p.channels && has_lane(lanes) ? max(0, min(kRow, t.left())) : 0, has_lane(lanes)};
 }
 
@@ -92,13 +112,14 @@ __device__ inline double exact_output(const State& before, const State& after, c
     return all.x / all.y;
 }
 
-// exp(key + m), a token's share of a denominator that it is part of. Of exponents past 1e15 the last digit is more than
-// 1: what does not cancel then must not become more than the whole. Sums that come from the fast path hold part of
-// their size beside m, so below kRoughExponent, where no digits are missing, m + key may be above 0. NaN stays NaN.
+// exp(key + m), a token's share of a denominator that it is part of. Where keys, or the row's decays or bonus, are past
+// 1e15, the last digit of m is more than 1, also where little is left of m: what does not cancel then must not become
+// more than the whole. Sums that come from the fast path hold part of their size beside m, so below kRoughExponent,
+// where no digits are missing and which that path keeps to, m + key may be above 0. NaN stays NaN.
 constexpr double kRoughExponent = 1e12;
-__device__ inline double share_of(double key, double m) {
+__device__ inline double share_of(const ExactRow& row, double key, double m) {
     const double exponent = key + m;
-    return exp(exponent > 0 && fabs(key) >= kRoughExponent ? 0 : exponent);
+    return exp(exponent > 0 && fmax(fabs(key), row.largest) >= kRoughExponent ? 0 : exponent);
 }
 
 // What a token's key and value add to the sums. A key that is NaN makes the sums NaN: as an exponent it would be lost
@@ -193,7 +214,7 @@ template <typename T>
 __device__ __noinline__ void exact_adjoint_sums(const Problem& p, unsigned number, unsigned lanes) {
     const Tile t = locate(p, number);
     const ExactRow row = exact_row(p, t, lanes);
-    const ExactAdjoint<T> x(p, t, row);
+    ExactAdjoint<T> x(p, t, row);
     exact_publish(p, t, row, kAdjointSums, x.sums);
 }
 
@@ -212,14 +233,14 @@ __device__ __noinline__ void exact_gradients(const Problem& p, unsigned number, 
     double gw = 0, gu = 0;
     for (int j = 0; j < row.valid; ++j) {
         const State &left = lefts[j], &right = rights[j], &before = x.before[j], &after = x.after[j], token = term(j);
-        const double from_left = share_of(token.m, left.m), from_right = share_of(token.m, right.m), v = token.x;
-        const double weight = share_of(token.m + row.u, x.adjoint[j].m);
+        const double from_left = share_of(row, token.m, left.m), from_right = share_of(row, token.m, right.m);
+        const double weight = share_of(row, token.m + row.u, x.adjoint[j].m), v = token.x;
         const double own = weight * (x.adjoint[j].x * v + x.adjoint[j].y);
         store(gv + j * stride, from_left * left.x + from_right * right.x + weight * x.adjoint[j].x);
         store(gk + j * stride, from_left * (left.x * v + left.y) + from_right * (right.x * v + right.y) + own);
         gu += own;
-        gw -= share_of(before.m, right.m - row.w) * (before.x * right.x + before.y * right.y) +
-              share_of(after.m, left.m - row.w) * (after.x * left.x + after.y * left.y);
+        gw -= share_of(row, before.m, right.m - row.w) * (before.x * right.x + before.y * right.y) +
+              share_of(row, after.m, left.m - row.w) * (after.x * left.x + after.y * left.y);
     }
     store_partials(p, t, static_cast<SumType<T>>(gw), static_cast<SumType<T>>(gu), lanes);
 }

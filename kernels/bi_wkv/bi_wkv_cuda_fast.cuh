@@ -2,7 +2,7 @@
 // floats allows that.
 #pragma once
 
-#include "bi_wkv/bi_wkv_cuda_exact.cuh"
+#include "bi_wkv/bi_wkv_cuda_copy.cuh"
 
 namespace bi_wkv {
 
@@ -44,48 +44,24 @@ __device__ inline void add(Pair& sum, float scale, const Pair& x) {
 // False for NaN too.
 __device__ inline bool within(const Pair& sum, float limit) { return fabsf(sum.x) <= limit && fabsf(sum.y) <= limit; }
 
-// A tile's shared memory. First what the rows share, 32 bytes a thread; the exact path has 48 there.
-constexpr int kSharedRowBytes = 2 * sizeof(State);
-static_assert(kSharedRowBytes >= 4 * sizeof(Pair));
-constexpr int kIncomingBytes = 4 * kLanes * sizeof(Pair);
-
+// What the warps of a tile share, at the start of its shared memory. A warp has two rows.
 struct Shared {
-    Pair *rows[2], *incoming;  // rows: of each phase, [2][threads]; incoming: [phase][side][kLanes]
-    char* staged;
-    int threads;
+    Pair *warps[2], *incoming, *parts;  // warps: of each phase, [side][warp][kLanes]; incoming: [phase][side][kLanes]
+    int count;                          // of warps
 };
+constexpr int kIncomingBytes = 4 * kLanes * sizeof(Pair);
+static_assert(kSharedRowBytes >= 3 * sizeof(Pair));  // two phases and parts, a pair for each thread and of each
 
 __device__ inline Shared shared_parts(const Problem& p) {
     const int threads = p.plan.rows * kLanes;
-    Pair* rows = reinterpret_cast<Pair*>(shared_memory());
+    Pair* warps = reinterpret_cast<Pair*>(shared_memory());
     Pair* incoming = reinterpret_cast<Pair*>(shared_memory() + kSharedRowBytes * threads);
-    return {{rows, rows + 2 * threads}, incoming, reinterpret_cast<char*>(incoming + 4 * kLanes), threads};
-}
-
-template <typename T>
-__device__ inline Staged<T> staged(const Problem& p, int tensor) {
-    return {shared_parts(p).staged + tensor * p.plan.rows * Staged<T>::kRowBytes};
-}
-
-// Starts to copy the tensors that a kernel reads: k, v and, where there are three, gy or r.
-template <typename T, int kTensors>
-__device__ inline void start_copies(const Problem& p, const Tile& t) {
-    const CopyPart<T> part(p, t);
-    const void* third = p.call.backward ? p.call.gy : p.call.r;
-    if (part.is_plain(p, t)) {
-        part.start(staged<T>(p, 0), p.call.k, p);
-        part.start(staged<T>(p, 1), p.call.v, p);
-        if constexpr (kTensors == 3) part.start(staged<T>(p, 2), third, p);
-    } else {
-        part.template copy<true>(staged<T>(p, 0), p.call.k, p, t);
-        part.template copy<false>(staged<T>(p, 1), p.call.v, p, t);
-        if constexpr (kTensors == 3) part.template copy<false>(staged<T>(p, 2), third, p, t);
-    }
+    return {{warps, warps + threads}, incoming, warps + 2 * threads, p.plan.rows / 2};
 }
 
 template <typename T>
 __device__ inline void read_row(Staged<T> from, float (&x)[kRow]) {
-    const T* at = from.at(this_row(), 0) + this_lane();
+    const T* at = from.at(this_row() * kRow) + this_lane();
 #pragma unroll
     for (int j = 0; j < kRow; ++j) x[j] = to_real(at[j * kLanes]);
 }
@@ -113,18 +89,21 @@ __device__ inline Channel load_channel(const Problem& p, const Tile& t) {
 }
 
 // The exponent that a tile's weights are relative to: the largest of four of its keys. Any key near the others does,
-// and the largest of a few is safe from single low ones. Only the first of the four exists in every tile.
+// and the largest of a few is safe from single low ones.
 template <typename T>
-__device__ inline float choose_reference(const Problem& p) {
-    const Staged<T> keys = staged<T>(p, 0);
-    const auto key = [&](int i) { return to_real(keys.at(p.plan.rows / 4 * i, kRow / 4 * i)[this_lane()]); };
+__device__ inline float choose_reference(const Tile& t, const Staged<T>& keys) {
+    const auto key = [&](int i) { return to_real(keys.at((t.in_chunk - 1) * i / 4)[this_lane()]); };
     return fmaxf(fmaxf(key(0), key(1)), fmaxf(key(2), key(3))) * static_cast<float>(kLog2E);
 }
 
-// Keys to weights relative to the reference.
-__device__ inline void keys_to_weights(float reference, float (&k)[kRow]) {
+// Keys to weights relative to the reference; tokens that do not exist weigh nothing.
+__device__ inline void keys_to_weights(const Tile& t, float reference, float (&k)[kRow]) {
 #pragma unroll
     for (int j = 0; j < kRow; ++j) k[j] = fast_exp2(fmaf(k[j], static_cast<float>(kLog2E), -reference));
+    if (t.left() < kRow) {
+#pragma unroll
+        for (int j = 0; j < kRow; ++j) k[j] = j < t.left() ? k[j] : 0;
+    }
 }
 
 // Hides from the compiler what x was. It likes to keep what it has once computed (products e v, powers of decays) from
@@ -152,35 +131,56 @@ __device__ inline unsigned& out_of_range() {
     return lanes;
 }
 
-// Puts each row's sums where the others find them, and waits for theirs.
-__device__ inline void share(Pair* of_rows, int threads, const Pair (&sums)[2], bool in_range) {
-    of_rows[threadIdx.x] = sums[0];
-    of_rows[threads + threadIdx.x] = sums[1];
+__device__ inline float of_partner(float x) { return __shfl_xor_sync(~0u, x, kLanes); }
+
+// Puts each warp's sums, of both of its rows, where the others find them, and waits for theirs. Returns what the warp's
+// other row sends to the thread's.
+__device__ inline Pair share(const Problem& p, Phase phase, float row_decay, const Pair (&sums)[2], bool in_range) {
+    const Shared shared = shared_parts(p);
+    // The first row sends to the right and adds up both for those on the left, the second the other way round.
+    const int side = 1 - this_row() % 2;
+    const Pair sent = side == 1 ? sums[0] : sums[1];
+    Pair both = side == 1 ? sums[1] : sums[0];
+    const Pair received = {__shfl_xor_sync(~0u, sent.x, kLanes), __shfl_xor_sync(~0u, sent.y, kLanes)};
+    add(both, row_decay, received);
+    shared.warps[phase][(side * shared.count + this_row() / 2) * kLanes + this_lane()] = both;
     if (!in_range) atomicOr(&out_of_range(), 1u << this_lane());
     __syncthreads();
+    return received;
 }
 
-// What `count` rows of one side send to the row behind them, from the rows' sums in shared memory; in: what comes from
-// before them.
-__device__ inline Pair gather_rows(const Pair* of_rows, int rows, int side, int count, float row_decay, Pair in) {
-    const int step = (side == 0 ? 1 : -1) * kLanes;
-    const Pair* at = of_rows + (side == 0 ? 0 : rows * (2 * kLanes) - kLanes) + this_lane();
-#pragma unroll 4
+// What `count` warps of one side send to what is behind them, from the warps' sums in shared memory; in: what comes
+// from before them.
+__device__ inline Pair gather_warps(const Problem& p, Phase phase, int side, int count, float row_decay, Pair in) {
+    const Shared shared = shared_parts(p);
+    const Pair* at = shared.warps[phase] + (side == 0 ? 0 : 2 * shared.count - 1) * kLanes + this_lane();
+    const int step = side == 0 ? kLanes : -kLanes;
+    const float decay = row_decay * row_decay;
+#pragma unroll 2
     for (int i = 0; i < count; ++i) {
-        absorb(in, row_decay, at->x, at->y);
+        absorb(in, decay, at->x, at->y);
         at += step;
     }
     return in;
 }
 
-// Leaves the tile's sums for the others; they are times 2^-base. To be called by all threads after share().
-__device__ inline void publish(const Problem& p, const Tile& t, Phase phase, const Pair* of_rows, float row_decay,
-                               float base) {
-    const int rows = p.plan.rows;
-    for (int side = this_row(); side < 2; side += rows) {
-        const Pair all = gather_rows(of_rows, rows, side, rows, row_decay, {0, 0});
-        *tile_sums(p, t, phase, side) = {base * kNats, all.x, all.y};
+// What the other rows of the tile and what is beyond it send to the thread's row. received: by share().
+__device__ inline void gather_rows(const Problem& p, Phase phase, float row_decay, const Pair& received,
+                                   const Pair (&beyond)[2], Pair (&in)[2]) {
+    const int warp = this_row() / 2, warps = p.plan.rows / 2;
+    in[0] = gather_warps(p, phase, 0, warp, row_decay, beyond[0]);
+    in[1] = gather_warps(p, phase, 1, warps - 1 - warp, row_decay, beyond[1]);
+    if (this_row() % 2 == 1) {
+        absorb(in[0], row_decay, received.x, received.y);
+    } else {
+        absorb(in[1], row_decay, received.x, received.y);
     }
+}
+
+// Leaves the tile's sums for the others; they are times 2^-base. To be called by the first warp after share().
+__device__ inline void publish(const Problem& p, const Tile& t, Phase phase, float row_decay, float base) {
+    const Pair all = gather_warps(p, phase, this_row(), p.plan.rows / 2, row_decay, {0, 0});
+    *tile_sums(p, t, phase, this_row()) = {base * kNats, all.x, all.y};
 }
 
 // What the other tiles send to this one from one side, relative to base.

@@ -5,76 +5,119 @@
 
 namespace bi_wkv {
 
-// Goes over the block's tiles from the i-th on: calls fast(t, channel, next) for each, whose copies are on their way to
-// shared memory; next() starts to copy those of the following tile, to be called as soon as all threads have read the
-// present ones. Stops after the first tile with lanes out of range, and returns its i; p.tiles or more if there is
-// none.
+// How far a tile had come when the exact path took over some of its lanes: of the phases before `phase` its sums are
+// there for the others, of `phase` only those of the lanes `exact`.
+struct Resume {
+    int phase;
+    unsigned exact;
+};
+constexpr int kDone = 2;  // the phase of a tile that has been done
+
+// A block's place: the tile number i is its turn-th one.
+struct Place {
+    unsigned i, turn;
+    Resume resume;
+};
+
+// Goes over the block's tiles from a place on: calls fast(t, channel, turn, resume, next) for each; next() starts to
+// copy a following tile, to be called as soon as all threads have read the present one for the last time. fast returns
+// kDone, or the phase whose sums it could not leave. Stops behind the first tile with lanes out of range, or the last;
+// returns what fast returned.
 template <typename T, int kTensors, bool kBackwards, typename Fast>
-__device__ inline unsigned run_fast(const Problem& p, unsigned i, Fast fast) {
-    const auto at = [&](unsigned n) { return locate(p, kBackwards ? p.tiles - 1 - n : n); };
-    Tile t = at(i);
-    start_copies<T, kTensors>(p, t);
-    Channel channel = load_channel(p, t);
-    wait_for_previous_kernel();
+__device__ inline int run_fast(const Problem& p, Place& place, Channel channel, Fast fast) {
+    const auto at = [&](unsigned i) { return locate(p, kBackwards ? p.tiles - 1 - i : i); };
+    Tile t = at(place.i);
     while (true) {
-        fast(t, channel, [&] {
-            if (p.tiles - i > gridDim.x) start_copies<T, kTensors>(p, at(i + gridDim.x));
+        const int phase = fast(t, channel, place.turn, place.resume, [&] {
+            const unsigned ahead = p.plan.stages * gridDim.x, i = place.i + ahead;
+            Copies<T, kTensors>{p}.start(p.tiles - place.i > ahead, kBackwards ? p.tiles - 1 - i : i,
+                                         place.turn + p.plan.stages);
         });
-        if (out_of_range()) return i;
-        i += gridDim.x;
-        if (i >= p.tiles) return i;
+        if (out_of_range()) return phase;
+        place = {place.i + gridDim.x, place.turn + 1, {}};
+        if (place.i >= p.tiles) return kDone;
         const unsigned slice = t.slice;
-        t = at(i);
+        t = at(place.i);
         if (t.slice != slice) channel = load_channel(p, t);
     }
 }
 
-// All of the block's tiles; exact(number, lanes) does again those lanes of a tile that are out of range. It is called
-// outside of the loop over the tiles, and nothing stays in registers meanwhile: they would be spilled in that loop,
-// where a load from local memory waits for all copies before it.
-template <typename T, int kTensors, bool kBackwards, typename Fast, typename Exact>
-__device__ inline void for_each_tile(const Problem& p, Fast fast, Exact exact) {
+// How the kernels begin that do not wait for other blocks. What they copy was there before the kernel before them.
+template <typename LoadChannel, typename StartCopies>
+__device__ inline void begin_alone(const Problem& p, LoadChannel load_channel, StartCopies start_copies) {
+    for (int turn = 0; turn < p.plan.stages; ++turn) start_copies(turn);
+    wait_for_previous_kernel();
+    load_channel();
+}
+
+// All of the block's tiles; begin(load_channel, start_copies) has to call the first, and the other for each stage, at
+// its time. exact(number, lanes, phase) leaves
+// the sums of some lanes of a tile, or does them at last (kDone). It is called outside of the loop over the tiles, and
+// nothing stays in registers meanwhile: they would be spilled in that loop.
+template <typename T, int kTensors, bool kBackwards, typename Begin, typename Fast, typename Exact>
+__device__ inline void for_each_tile(const Problem& p, Begin begin, Fast fast, Exact exact) {
     if constexpr (kExactOnly<T>) {
-        wait_for_previous_kernel();
-        for (unsigned i = blockIdx.x; i < p.tiles; i += gridDim.x) exact(i, kAllLanes);
+        begin([] {}, [](int) {});
+        for (unsigned i = blockIdx.x; i < p.tiles; i += gridDim.x) exact(i, kAllLanes, kDone);
     } else {
-        __shared__ unsigned stopped;
+        __shared__ Place stopped;
+        const Copies<T, kTensors> copies{p};
+        const auto number = [&](unsigned i) { return kBackwards ? p.tiles - 1 - i : i; };
         if (threadIdx.x == 0) out_of_range() = 0;
-        for (unsigned i = blockIdx.x; i < p.tiles; i = stopped + gridDim.x) {
-            i = run_fast<T, kTensors, kBackwards>(p, i, fast);
-            if (i >= p.tiles) return;
-            if (threadIdx.x == 0) stopped = i;
-            wait_for_copies();
-            exact(kBackwards ? p.tiles - 1 - i : i, out_of_range());
+        copies.prepare();
+        Channel channel;
+        const auto start_copies = [&](int turn) {
+            const unsigned i = blockIdx.x + turn * gridDim.x;
+            copies.start(i < p.tiles, number(i), turn);
+        };
+        begin([&] { channel = load_channel(p, locate(p, number(blockIdx.x))); }, start_copies);
+        Place place = {blockIdx.x, 0, {}};
+        while (place.i < p.tiles) {
+            const int phase = run_fast<T, kTensors, kBackwards>(p, place, channel, fast);
+            const unsigned lanes = out_of_range();
+            if (!lanes) return;
+            if (threadIdx.x == 0) stopped = place;
+            exact(number(place.i), lanes, phase);
+            __syncthreads();
+            place = stopped;
+            if (phase == kDone) {
+                place = {place.i + gridDim.x, place.turn + 1, {}};
+            } else {
+                place.resume = {phase, lanes};
+            }
+            __syncthreads();
             if (threadIdx.x == 0) out_of_range() = 0;
             __syncthreads();
+            channel = load_channel(p, locate(p, number(min(place.i, p.tiles - 1))));
         }
     }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads<true>, 8) sums_kernel(const __grid_constant__ Problem p) {
-    const auto fast = [&](const Tile& t, const Channel& channel, auto next) {
-        const Shared shared = shared_parts(p);
+    const auto fast = [&](const Tile& t, const Channel& channel, unsigned turn, const Resume&, auto next) -> int {
+        const Copies<T, 2> copies{p};
         float e[kRow], ev[kRow];
-        wait_for_copies();
-        __syncthreads();
-        read_row(staged<T>(p, 0), e);
-        read_row(staged<T>(p, 1), ev);
-        const float reference = choose_reference<T>(p);
-        keys_to_weights(reference, e);
+        copies.wait(turn);
+        read_row(copies.staged(turn, 0), e);
+        read_row(copies.staged(turn, 1), ev);
+        const float reference = choose_reference(t, copies.staged(turn, 0));
+        keys_to_weights(t, reference, e);
 #pragma unroll
         for (int j = 0; j < kRow; ++j) ev[j] *= e[j];
         Pair sums[2];
         key_sums(channel.decay, e, ev, sums);
         const bool in_range = channel.in_range && fabsf(reference) <= kLargestReference && within(sums[0], kLargest) &&
                               within(sums[1], kLargest);
-        share(shared.rows[0], shared.threads, sums, in_range);
+        share(p, kForwardSums, channel.row_decay, sums, in_range);
         next();
-        publish(p, t, kForwardSums, shared.rows[0], channel.row_decay, reference);
+        if (this_row() < 2) publish(p, t, kForwardSums, channel.row_decay, reference);
         if (this_row() == 0) *tile_reference(p, t) = reference;
+        return kDone;
     };
-    for_each_tile<T, 2, false>(p, fast, [&](unsigned i, unsigned lanes) { exact_sums<T>(p, i, lanes); });
+    for_each_tile<T, 2, false>(
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
+        [&](unsigned i, unsigned lanes, int) { exact_sums<T>(p, i, lanes); });
 }
 
 // Turns what each chunk of a sequence sends into what it gets. A block takes one side of one sample and slice; for each
@@ -173,21 +216,17 @@ __device__ inline void outputs(const Channel& channel, const float (&e)[kRow], f
     }
 }
 
-// The tile's rows on one side of the thread's.
-__device__ inline int rows_before(const Problem& p, int side) {
-    return side == 0 ? this_row() : p.plan.rows - 1 - this_row();
-}
-
 // The sums of the other chunks that a kernel needs: none, of the forward, of both.
 enum Others { kNone, kForward, kBoth };
 
 // From a tile's place to what the other rows and tiles send to each of its rows: the first half of every kernel but
-// sums_kernel. v: keeps the values if kKeepValues, else the weighted values. read_more: reads other tensors of the tile
-// before next() is called.
-template <typename T, Others kOthers, bool kKeepValues, typename ReadMore, typename Next>
-__device__ inline void receive(const Problem& p, const Tile& t, const Channel& channel, float (&e)[kRow],
-                               float (&v)[kRow], float* reference, Pair (&in)[2], ReadMore read_more, Next next) {
-    const Shared shared = shared_parts(p);
+// sums_kernel. v: keeps the values if kKeepValues, else the weighted values. read_more: reads other tensors of the
+// tile. shared: called when the rows' sums are there for all, before they are gathered.
+template <typename T, int kTensors, Others kOthers, bool kKeepValues, typename ReadMore, typename AfterSharing>
+__device__ inline void receive(const Problem& p, const Tile& t, const Channel& channel, unsigned turn, float (&e)[kRow],
+                               float (&v)[kRow], float* reference, Pair (&in)[2], ReadMore read_more,
+                               AfterSharing after_sharing) {
+    const Copies<T, kTensors> copies{p};
     bool in_range = channel.in_range;
     // One row of threads loads what comes from each side. Others still read the last tile's until the barrier.
     const int side = this_row();
@@ -203,17 +242,16 @@ __device__ inline void receive(const Problem& p, const Tile& t, const Channel& c
             }
         }
     }
-    wait_for_copies();
-    __syncthreads();
+    copies.wait(turn);
     if (kOthers != kNone && side < 2) {
         incoming(p, kForwardSums, side) = from_others[0];
         if constexpr (kOthers == kBoth) incoming(p, kAdjointSums, side) = from_others[1];
     }
-    read_row(staged<T>(p, 0), e);
-    read_row(staged<T>(p, 1), v);
-    read_more();
-    if constexpr (kOthers == kNone) *reference = choose_reference<T>(p);
-    keys_to_weights(*reference, e);
+    read_row(copies.staged(turn, 0), e);
+    read_row(copies.staged(turn, 1), v);
+    read_more(copies);
+    if constexpr (kOthers == kNone) *reference = choose_reference(t, copies.staged(turn, 0));
+    keys_to_weights(t, *reference, e);
     Pair sums[2];
     if constexpr (kKeepValues) {
         float ev[kRow];
@@ -228,13 +266,16 @@ __device__ inline void receive(const Problem& p, const Tile& t, const Channel& c
     }
     in_range =
         in_range && fabsf(*reference) <= kLargestReference && within(sums[0], kLargest) && within(sums[1], kLargest);
-    share(shared.rows[0], shared.threads, sums, in_range);
-    next();
+    const Pair received = share(p, kForwardSums, channel.row_decay, sums, in_range);
+    after_sharing();
+    Pair beyond[2] = {};
+    if constexpr (kOthers != kNone) beyond[0] = incoming(p, kForwardSums, 0), beyond[1] = incoming(p, kForwardSums, 1);
+    gather_rows(p, kForwardSums, channel.row_decay, received, beyond, in);
+}
+
+__device__ inline void apply_gate(const float (&r)[kRow], float (&y)[kRow]) {
 #pragma unroll
-    for (int from = 0; from < 2; ++from) {
-        const Pair beyond = kOthers == kNone ? Pair{0, 0} : incoming(p, kForwardSums, from);
-        in[from] = gather_rows(shared.rows[0], p.plan.rows, from, rows_before(p, from), channel.row_decay, beyond);
-    }
+    for (int j = 0; j < kRow; ++j) y[j] *= fast_reciprocal(1 + fast_exp2(-static_cast<float>(kLog2E) * r[j]));
 }
 
 // Gates keep a row of r in registers, for which fewer blocks have room.
@@ -243,27 +284,25 @@ constexpr int output_blocks(bool many, bool gated) { return many ? (gated ? 5 : 
 template <typename T, bool kMany, bool kGated>
 __global__ void __launch_bounds__(kMaxThreads<kMany>, output_blocks(kMany, kGated))
     output_kernel(const __grid_constant__ Problem p) {
-    const auto fast = [&](const Tile& t, const Channel& channel, auto next) {
+    constexpr int kTensors = kGated ? 3 : 2;
+    const auto fast = [&](const Tile& t, const Channel& channel, unsigned turn, const Resume&, auto next) -> int {
         float e[kRow], ev[kRow], reference;
         [[maybe_unused]] float gate[kGated ? kRow : 1];
         Pair in[2];
-        constexpr Others kOthers = kMany ? kForward : kNone;
-        const auto read_gate = [&] {
-            if constexpr (kGated) read_row(staged<T>(p, 2), gate);
+        const auto read_gate = [&](const auto& copies) {
+            if constexpr (kGated) read_row(copies.staged(turn, 2), gate);
         };
-        receive<T, kOthers, false>(p, t, channel, e, ev, &reference, in, read_gate, next);
+        receive<T, kTensors, kMany ? kForward : kNone, false>(p, t, channel, turn, e, ev, &reference, in, read_gate,
+                                                              next);
         outputs(channel, e, ev, in[0], in[1]);
-        if constexpr (kGated) {
-#pragma unroll
-            for (int j = 0; j < kRow; ++j) {
-                ev[j] *= fast_reciprocal(1 + fast_exp2(-static_cast<float>(kLog2E) * gate[j]));
-            }
-        }
+        if constexpr (kGated) apply_gate(gate, ev);
         write_row<T>(p.call.y, p, t, ev);
+        return kDone;
     };
     // The last tiles first: theirs are the tokens that sums_kernel left in the L2 cache.
-    for_each_tile<T, kGated ? 3 : 2, kMany>(p, fast,
-                                            [&](unsigned i, unsigned lanes) { exact_outputs<T>(p, i, lanes); });
+    for_each_tile<T, kTensors, kMany>(
+        p, [&](auto channel, auto copies) { begin_alone(p, channel, copies); }, fast,
+        [&](unsigned i, unsigned lanes, int) { exact_outputs<T>(p, i, lanes); });
 }
 
 }  // namespace bi_wkv

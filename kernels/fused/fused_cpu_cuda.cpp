@@ -33,36 +33,6 @@ Tensor norm_stats(const Tensor& x, double eps) {
     return op.call(x, eps);
 }
 
-// Products. x is (B, T, C), map (D, C) in any dtype; out= leaves autocast out of it.
-
-Tensor rows(const Tensor& x) { return x.reshape({x.size(0) * x.size(1), x.size(2)}); }
-
-Tensor apply_map(const Tensor& x, const Tensor& map) {
-    const Tensor out = at::empty({x.size(0), x.size(1), map.size(0)}, x.options());
-    Tensor to = rows(out);
-    at::mm_out(to, rows(x), map.to(x.scalar_type()).t());
-    return out;
-}
-
-// Writes to `out`, which must be contiguous: of another tensor, rows() are a copy.
-void input_gradient(const Tensor& g, const Tensor& map, const Tensor& out) {
-    TORCH_INTERNAL_ASSERT(out.is_contiguous());
-    Tensor to = rows(out);
-    at::mm_out(to, rows(g), map.to(g.scalar_type()));
-}
-
-// Where a product may leave its sums unrounded, as on CUDA, a float32 weight's gradient is not rounded in between.
-Tensor map_gradient(const Tensor& g, const Tensor& x, const Tensor& map) {
-    const bool unrounded = x.is_cuda() && map.scalar_type() == at::kFloat && x.element_size() == 2;
-    Tensor out = at::empty({g.size(2), x.size(2)}, unrounded ? map.options() : x.options());
-    if (unrounded) {
-        at::mm_out(out, rows(g).t(), rows(x), at::kFloat);
-    } else {
-        at::mm_out(out, rows(g).t(), rows(x));
-    }
-    return out.to(map.scalar_type());
-}
-
 // Arguments of mix_linear and its backward in the order of their schemas.
 struct Mix {
     const Tensor& x;

@@ -5,7 +5,9 @@
 #include <tuple>
 #include <utility>
 
+#include "divisor.cuh"
 #include "pointwise/pointwise_rows.cuh"
+#include "pointwise/pointwise_warps.cuh"
 #include "rows.cuh"
 #include "tensors.cuh"
 
@@ -61,6 +63,23 @@ struct SquaredReluBackward {  // of g, x
     float limit;
     __device__ void operator()(const float (&in)[2], float (&out)[1]) const {
         out[0] = in[1] > limit ? 0.0f : 2.0f * in[0] * (in[1] < 0.0f ? 0.0f : in[1]);
+    }
+};
+
+struct SquaredReluBoth {  // of g, x: the square too
+    float limit;
+    __device__ void operator()(const float (&in)[2], float (&out)[2]) const {
+        const float x = in[1] < 0.0f ? 0.0f : (in[1] > limit ? limit : in[1]);
+        out[0] = x * x;
+        out[1] = in[1] > limit ? 0.0f : 2.0f * in[0] * x;
+    }
+};
+
+struct GatedBackward {  // of g, r and what the gate left
+    __device__ void operator()(const float (&in)[3], float (&out)[2]) const {
+        const float s = sigmoid(in[1]);
+        out[0] = in[0] * in[2] * (1.0f - s);
+        out[1] = in[0] * s;
     }
 };
 
@@ -191,6 +210,30 @@ Tensor squared_relu_backward_cuda(const Tensor& g, const Tensor& x) {
     return stack[0].toTensor();
 }
 
+// The gradient goes over g; the square comes back.
+Tensor squared_relu_backward_in_place(Tensor& g, const Tensor& x) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    check_same("squared_relu", g, x);
+    const Tensor square = empty_like(x);
+    if (g.is_contiguous() && is_aligned(g) && mapped(SquaredReluBoth{square_limit(x)}, {g, x}, {square, g})) {
+        return square;
+    }
+    g.copy_(squared_relu_backward_cuda(g, x));
+    return squared_relu_cuda(x);
+}
+
+// As gate_backward, from gated = sigmoid(r) * y.
+std::tuple<Tensor, Tensor> gated_backward_cuda(const Tensor& g, const Tensor& r, const Tensor& gated) {
+    const c10::cuda::CUDAGuard guard(r.device());
+    check_same("gate", r, gated);
+    check_same("gate", g, gated);
+    const Tensor gr = empty_like(r), gy = empty_like(gated);
+    if (mapped(GatedBackward{}, {g, r, gated}, {gr, gy})) return {gr, gy};
+    torch::jit::Stack stack{g, r, gated};
+    call_pytorch("vision_rwkv::gated_backward", stack);
+    return {stack[0].toTensor(), stack[1].toTensor()};
+}
+
 // Weights
 // -------------------------------------------------------------------------------------------------------
 
@@ -251,6 +294,62 @@ std::vector<Tensor> cast_weights_cuda(at::TensorList weights, at::ScalarType dty
     } else {
         cast_blocks<__nv_bfloat16><<<blocks, kBlock, 0, stream>>>(args);
     }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return out;
+}
+
+// Patches
+// -------------------------------------------------------------------------------------------------------
+
+constexpr int kPixels = 8;  // of a thread, in a patch's row
+
+struct PatchArgs {
+    unsigned groups;                                                  // of kPixels, in all patches
+    int64_t height, width;                                            // in pixels
+    Divisor by_patch, by_row, by_side, by_patches, by_patches_a_row;  // groups of a patch and of its row; and so on
+    int channels, side;
+};
+
+// (B, channels, height, width) -> (B, patches, channels * side * side), each patch channel by channel, row by row.
+template <typename X, typename Out>
+__global__ void __launch_bounds__(kBlock) order_patches(const PatchArgs args, const X* x, Out* out) {
+    const unsigned group = blockIdx.x * kBlock + threadIdx.x;
+    if (group >= args.groups) return;
+    const unsigned patch = args.by_patch.divide(group), in_patch = group - patch * args.by_patch.by;
+    const unsigned line = args.by_row.divide(in_patch), column = (in_patch - line * args.by_row.by) * kPixels;
+    const unsigned channel = args.by_side.divide(line), row = line - channel * args.side;
+    const unsigned sample = args.by_patches.divide(patch), place = patch - sample * args.by_patches.by;
+    const unsigned above = args.by_patches_a_row.divide(place), left = place - above * args.by_patches_a_row.by;
+    const int64_t plane = static_cast<int64_t>(sample) * args.channels + channel;
+    float values[kPixels];
+    load(x + (plane * args.height + above * args.side + row) * args.width + left * args.side + column, values);
+    store(out + static_cast<int64_t>(group) * kPixels, values);
+}
+
+Tensor patches_cuda(const Tensor& x, int64_t side, at::ScalarType dtype) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    TORCH_CHECK(x.dim() == 4 && side > 0 && x.size(2) % side == 0 && x.size(3) % side == 0,
+                "patches: x must have shape (B, C, H, W), H and W multiples of ", side, ", got ", x.sizes());
+    const int64_t groups = x.numel() / kPixels;
+    if (!has_kernel(x.scalar_type(), dtype) || side % kPixels != 0 || groups == 0 || groups > kMaxRows) {
+        torch::jit::Stack stack{x, side, static_cast<int64_t>(dtype)};
+        call_pytorch("vision_rwkv::patches", stack);
+        return stack[0].toTensor();
+    }
+    const int64_t down = x.size(2) / side, across = x.size(3) / side, values = x.size(1) * side * side;
+    const Tensor in = aligned(x), out = at::empty({x.size(0), down * across, values}, x.options().dtype(dtype));
+    PatchArgs args{};
+    args.groups = static_cast<unsigned>(groups), args.height = x.size(2), args.width = x.size(3);
+    args.by_patch = Divisor::make(values / kPixels), args.by_row = Divisor::make(side / kPixels);
+    args.by_side = Divisor::make(side), args.by_patches = Divisor::make(down * across);
+    args.by_patches_a_row = Divisor::make(across);
+    args.channels = static_cast<int>(x.size(1)), args.side = static_cast<int>(side);
+    for_types(x.scalar_type(), dtype, false, [&](auto pixel, auto result, auto) {
+        using X = decltype(pixel);
+        using Out = decltype(result);
+        order_patches<X, Out><<<(args.groups + kBlock - 1) / kBlock, kBlock, 0, c10::cuda::getCurrentCUDAStream()>>>(
+            args, data<X>(in), mutable_data<Out>(out));
+    });
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return out;
 }
@@ -341,12 +440,55 @@ std::tuple<Tensor, Tensor> residual_cuda(const Tensor& x, const Tensor& z, const
     for_types(x.scalar_type(), z.scalar_type(), x.size(2) % 4 == 0, [&](auto token, auto branch, auto vec) {
         using X = decltype(token);
         using Z = decltype(branch);
-        over_rows(x, vec, 0, [&](const Layout& how, size_t bytes, float*, cudaStream_t stream) {
-            residual_rows<X, Z, vec><<<how.blocks, how.block(), bytes, stream>>>(
-                in.args, data<X>(stream_in), data<Z>(in.z), data<Z>(in.gate), mutable_data<X>(out),
-                stats_eps ? mutable_data<float>(stats) : nullptr);
+        float* stats_out = stats_eps ? mutable_data<float>(stats) : nullptr;
+        if constexpr (vec == 4) {
+            for_warps(in.args.channels, [&](auto width, auto parts) {
+                residual_warps<X, Z, width, parts>
+                    <<<warp_grid(in.args.rows), warp_block(), 0, c10::cuda::getCurrentCUDAStream()>>>(
+                        in.args, data<X>(stream_in), data<Z>(in.z), data<Z>(in.gate), mutable_data<X>(out), stats_out);
+            });
+            C10_CUDA_KERNEL_LAUNCH_CHECK();
+        } else {
+            over_rows(x, vec, 0, [&](const Layout& how, size_t bytes, float*, cudaStream_t stream) {
+                residual_rows<X, Z, vec><<<how.blocks, how.block(), bytes, stream>>>(
+                    in.args, data<X>(stream_in), data<Z>(in.z), data<Z>(in.gate), mutable_data<X>(out), stats_out);
+            });
+        }
+    });
+    return {out, stats};
+}
+
+std::tuple<Tensor, Tensor> norm_tokens_cuda(const Tensor& z, const MaybeTensor& position, const Tensor& weight,
+                                            const Tensor& bias, double eps, std::optional<double> stats_eps,
+                                            at::ScalarType dtype) {
+    const c10::cuda::CUDAGuard guard(z.device());
+    TORCH_CHECK(z.dim() == 3, "norm_tokens: z must have shape (B, T, C), got ", z.sizes());
+    check_channels("norm_tokens", z, weight);
+    check_channels("norm_tokens", z, bias);
+    TORCH_CHECK(!given(position) || (position->numel() == z.size(1) * z.size(2) && position->device() == z.device()),
+                "norm_tokens: position must have shape (1, T, C), got ",
+                given(position) ? position->sizes() : z.sizes());
+    if (z.numel() == 0 || !has_kernel(dtype, z.scalar_type()) || !rows_fit(z, 0) || z.size(2) % 4 != 0) {
+        torch::jit::Stack stack{z, position, weight, bias, eps, stats_eps, static_cast<int64_t>(dtype)};
+        call_pytorch("vision_rwkv::norm_tokens", stack);
+        return {stack[0].toTensor(), stack[1].toTensor()};
+    }
+    const Tensor out = at::empty(z.sizes(), z.options().dtype(dtype));
+    const Tensor stats = stats_eps ? new_floats(z, {z.size(0), z.size(1), 2}) : nothing(out);
+    Branch in(z, {}, weight, bias, {}, {}, eps);
+    in.args.stats_eps = static_cast<float>(stats_eps.value_or(0.0));
+    const Tensor positions = parameter(position);
+    for_types(dtype, z.scalar_type(), true, [&](auto token, auto branch, auto) {
+        using X = decltype(token);
+        using Z = decltype(branch);
+        for_warps(in.args.channels, [&](auto width, auto parts) {
+            norm_warps<X, Z, width, parts>
+                <<<warp_grid(in.args.rows), warp_block(), 0, c10::cuda::getCurrentCUDAStream()>>>(
+                    in.args, data<Z>(in.z), floats(positions), mutable_data<X>(out),
+                    stats_eps ? mutable_data<float>(stats) : nullptr);
         });
     });
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
     return {out, stats};
 }
 
@@ -505,6 +647,10 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("squared_relu", squared_relu_cuda);
     m.impl("squared_relu_", squared_relu_in_place);
     m.impl("squared_relu_backward", squared_relu_backward_cuda);
+    m.impl("squared_relu_backward_", squared_relu_backward_in_place);
+    m.impl("gated_backward", gated_backward_cuda);
+    m.impl("norm_tokens", norm_tokens_cuda);
+    m.impl("patches", patches_cuda);
     m.impl("residual", residual_cuda);
     m.impl("residual_backward", residual_backward_cuda);
     m.impl("log_decay", log_decay_cuda);

@@ -3,75 +3,16 @@
 #include <array>
 #include <tuple>
 
-#include "divisor.cuh"
-#include "rows.cuh"
+#include "q_shift/q_shift_cuda_common.cuh"
+#include "q_shift/q_shift_cuda_teams.cuh"
 #include "tensors.cuh"
 
 namespace q_shift {
 
-using namespace rows;
-
-constexpr int kMixes = 8;                                    // at most
 constexpr int kTokens = 4;                                   // of a thread in the forward pass, in flight together
 constexpr int kRows = 2;                                     // of a thread in the backward pass
-constexpr int kStay = 4;                                     // the direction of channels that are not shifted
 constexpr int kRowBuffer = 2 * kRows * kMaxThreads / kWarp;  // floats for row_sums
 static_assert(sizeof(float) * (kRowBuffer + (kMixes + 2) * kMaxThreads) <= 48 * 1024, "shared memory of a block");
-
-// The step from a thread's channels to their source; the channels of the token as far the other way come from here.
-struct Step {
-    bool horizontal;
-    int pixels, offset;  // along the axis, and in tokens; 0 for channels that stay
-    int limit;           // the axis has so many
-};
-
-struct Neighbours {
-    int offset;          // the source is so many tokens further, the taker as many before
-    bool source, taker;  // whether there are any
-};
-
-struct Place {
-    int tokens, height, width, pixels, dim, borders[4];
-    Divisor by_tokens, by_width;
-
-    __device__ Step step(int channel) const {
-        const int place = channel % dim;
-        int direction = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) direction += place >= borders[i];
-        const bool horizontal = direction < 2;
-        const int signed_pixels = direction == kStay ? 0 : direction % 2 ? pixels : -pixels;
-        return {horizontal, signed_pixels, horizontal ? signed_pixels : signed_pixels * width,
-                horizontal ? width : height};
-    }
-
-    // index: of a token among those of all samples.
-    __device__ Neighbours neighbours(int index, const Step& step) const {
-        const int position = index - static_cast<int>(by_tokens.divide(index)) * tokens;
-        if (position >= height * width) return {0, true, true};
-        const int row = static_cast<int>(by_width.divide(position)),
-                  at = step.horizontal ? position - row * width : row;
-        const auto exists = [&](int place) { return place >= 0 && place < step.limit; };
-        return {step.offset, exists(at + step.pixels), exists(at - step.pixels)};
-    }
-};
-
-struct Args {
-    int rows, channels, mixes;
-    Place place;
-    const float* mix[kMixes];            // each (channels,)
-    const float *weight, *bias, *stats;  // stats (rows, 2); null without a norm
-};
-
-template <int kVec>
-__device__ __forceinline__ void load_parameter(const float* from, int channel, float otherwise, float (&to)[kVec]) {
-    if (from) {
-        load(from + channel, to);
-    } else {
-#pragma unroll
-        for (int j = 0; j < kVec; ++j) to[j] = otherwise;
-    }
-}
 
 // The mixes of a row: `mix`, less delta where there is one.
 template <int kVec, typename D>
@@ -392,6 +333,12 @@ void check(const Tensor& x, at::TensorList mixes, const MaybeTensor& delta, cons
     }
 }
 
+void check_gradient(const Tensor& g, const Tensor& x, at::TensorList mixes) {
+    TORCH_CHECK(g.dim() == 4 && g.size(0) == static_cast<int64_t>(mixes.size()) && g.sizes().slice(1) == x.sizes() &&
+                    g.device() == x.device(),
+                "q_shift: the gradient must have shape (mixes, B, T, C), got ", g.sizes());
+}
+
 bool runs_here(const Tensor& x, at::ScalarType other, at::TensorList mixes, const MaybeTensor& delta) {
     return has_kernel(x.scalar_type(), other) && (!delta || delta->scalar_type() == other) && mixes.size() <= kMixes &&
            x.size(0) * x.size(1) <= kMaxRows && x.size(2) <= kMaxThreads;
@@ -469,9 +416,7 @@ Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixe
                            int64_t width, int64_t pixels, double gamma, int64_t heads) {
     const c10::cuda::CUDAGuard guard(x.device());
     check(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
-    TORCH_CHECK(g.dim() == 4 && g.size(0) == static_cast<int64_t>(mixes.size()) && g.sizes().slice(1) == x.sizes() &&
-                    g.device() == x.device(),
-                "q_shift: the gradient must have shape (mixes, B, T, C), got ", g.sizes());
+    check_gradient(g, x, mixes);
     const int64_t channels = x.size(2), slots = static_cast<int64_t>(mixes.size()) + (stats ? 2 : 0);
     if (x.numel() != 0 && !runs_here(x, g.scalar_type(), mixes, delta)) {
         auto stack = stack_of(x, mixes, delta, weight, bias, stats, height, width, pixels, gamma, heads);
@@ -493,6 +438,48 @@ Five q_shift_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixe
         launch(in, grad, gx, gdelta, columns);
     });
     return gradients(gx, gdelta, columns, mixes, weight, bias);
+}
+
+// Whether a team's threads can take pairs of channels with one neighbour each, and there is a kernel for the rest.
+bool fits_teams(const Input& in, at::ScalarType x, at::ScalarType g, std::optional<at::ScalarType> branch) {
+    bool pairs = in.args.channels % 2 == 0;
+    for (const int border : in.args.place.borders) pairs = pairs && border % 2 == 0;
+    return pairs && has_kernel(x, g) && (in.args.mixes == 2 || in.args.mixes == 3) && in.args.rows <= kMaxRows &&
+           static_cast<int64_t>(in.args.place.tokens) * in.args.channels <= kMaxRows &&
+           in.args.channels <= kMaxThreads && branch.value_or(g) == g;
+}
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+Three q_shift_residual_backward_cuda(const Tensor& g, const Tensor& x, at::TensorList mixes, const MaybeTensor& weight,
+                                     const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width,
+                                     int64_t pixels, double gamma, const Tensor& sum, const MaybeTensor& scale,
+                                     std::optional<at::ScalarType> branch) {
+    const c10::cuda::CUDAGuard guard(x.device());
+    check(x, mixes, {}, weight, bias, stats, height, width, pixels, gamma, 1);
+    check_gradient(g, x, mixes);
+    TORCH_CHECK(sum.sizes() == x.sizes() && sum.scalar_type() == x.scalar_type() && sum.device() == x.device(),
+                "q_shift: the sum's gradient must be like x, ", x.sizes(), ", got ", sum.sizes());
+    const Input in(x, mixes, {}, weight, bias, stats, height, width, pixels, gamma, 1);
+    if (x.numel() == 0 || !fits_teams(in, x.scalar_type(), g.scalar_type(), branch)) {
+        torch::jit::Stack stack{g, x, mixes.vec(), weight, bias, stats, height, width, pixels, gamma, sum, scale};
+        stack.push_back(branch ? at::IValue(static_cast<int64_t>(*branch)) : at::IValue());
+        call_pytorch("vision_rwkv::q_shift_residual_backward", stack);
+        return Three(stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor());
+    }
+    const Tensor gx = at::empty(x.sizes(), x.options());
+    const Tensor gbranch = branch ? at::empty(x.sizes(), g.options()) : at::empty({0}, g.options());
+    const Tensor columns = new_floats(x, {in.args.mixes + (stats ? 2 : 0), x.size(2)});
+    const Tensor grad = aligned(g), sum_in = aligned(sum), scales = parameter(scale);
+    for_types(x.scalar_type(), g.scalar_type(), true, [&](auto token, auto result, auto) {
+        using X = decltype(token);
+        using G = decltype(result);
+        const TeamTensors<X, G> at{data<G>(grad),  data<X>(in.x),       data<X>(sum_in),
+                                   floats(scales), mutable_data<X>(gx), branch ? mutable_data<G>(gbranch) : nullptr};
+        const auto launch = in.args.mixes == 2 ? launch_teams<X, G, 2> : launch_teams<X, G, 3>;
+        launch(in.args, at, columns);
+    });
+    return {gx, gbranch, columns};
 }
 
 Tensor norm_stats_cuda(const Tensor& x, double eps) {
@@ -523,6 +510,7 @@ Tensor norm_stats_cuda(const Tensor& x, double eps) {
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("q_shift", q_shift_cuda);
     m.impl("q_shift_backward", q_shift_backward_cuda);
+    m.impl("q_shift_residual_backward", q_shift_residual_backward_cuda);
     m.impl("norm_stats", norm_stats_cuda);
 }
 

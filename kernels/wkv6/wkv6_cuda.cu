@@ -107,6 +107,51 @@ Tensor wkv6_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor
     return y;
 }
 
+// Values for every head and channel, as the kernels take them.
+Tensor per_channel(const char* name, const Tensor& x, const Tensor& tokens) {
+    TORCH_CHECK(x.numel() == tokens.size(2) && x.device() == tokens.device(), "gated_wkv6: ", name, " must have ",
+                tokens.size(2), " values on ", tokens.device(), ", got ", x.sizes(), " on ", x.device());
+    return aligned(x.to(at::kFloat));
+}
+
+Tensor gated_wkv6_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& raw, const Tensor& base,
+                       const Tensor& u, const Tensor& gate, const Tensor& weight, const Tensor& bias, double eps) {
+    const c10::cuda::CUDAGuard guard(r.device());
+    TORCH_CHECK(r.dim() == 3 && u.dim() == 2 && r.size(2) == u.numel(),
+                "gated_wkv6: expected r (B, T, C) and u (H, N) with C = H N, got ", r.sizes(), " and ", u.sizes());
+    const auto heads = [&](const Tensor& x) {
+        TORCH_CHECK(x.sizes() == r.sizes() && x.device() == r.device(), "gated_wkv6: k, v, raw and gate must have r's ",
+                    "shape ", r.sizes(), " and device, got ", x.sizes(), " on ", x.device());
+        return aligned(x).view({r.size(0), r.size(1), u.size(0), u.size(1)});
+    };
+    const Tensor y = at::empty(r.sizes(), r.options());
+    if (r.numel() == 0) return y;
+    const bool alike = raw.scalar_type() == r.scalar_type() && gate.scalar_type() == r.scalar_type();
+    const Tensor r_ = heads(r), k_ = heads(k), v_ = heads(v), raw_ = heads(raw), gate_ = heads(gate);
+    check(r_, {k_, v_, raw_}, u);
+    if (!alike || !has_kernel(r_, k_, v_, raw_, u)) {
+        torch::jit::Stack stack{r, k, v, raw, base, u, gate, weight, bias, eps};
+        call_pytorch("vision_rwkv::gated_wkv6", stack);
+        return stack[0].toTensor();
+    }
+    const Tensor base_ = per_channel("base", base, r), weight_ = per_channel("weight", weight, r),
+                 bias_ = per_channel("bias", bias, r);
+    const Prepared in(r_, k_, v_, raw_, u, Tensor());
+    const Gating gating{gate_.const_data_ptr(), base_.const_data_ptr<float>(), weight_.const_data_ptr<float>(),
+                        bias_.const_data_ptr<float>(), static_cast<float>(eps)};
+    switch (r.scalar_type()) {
+        case at::kFloat:
+            gated<float>(in.call, gating, y.mutable_data_ptr());
+            break;
+        case at::kBFloat16:
+            gated<__nv_bfloat16>(in.call, gating, y.mutable_data_ptr());
+            break;
+        default:
+            gated<__half>(in.call, gating, y.mutable_data_ptr());
+    }
+    return y;
+}
+
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Five wkv6_backward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
@@ -142,6 +187,7 @@ Five wkv6_backward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("wkv6", wkv6_cuda);
+    m.impl("gated_wkv6", gated_wkv6_cuda);
     m.impl("wkv6_backward", wkv6_backward_cuda);
 }
 

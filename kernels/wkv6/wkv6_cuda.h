@@ -17,6 +17,13 @@ struct Call {
     cudaStream_t stream;
 };
 
+// For results (norm of y's heads * weight + bias) * silu(gate) and decays exp(-exp(base + w)); parameters (heads, 64).
+struct Gating {
+    const void* gate;  // as r
+    const float *base, *weight, *bias;
+    float eps;
+};
+
 struct Gradients {
     void *r, *k, *v, *w;
     float *u, *u_parts;  // u_parts: workspace
@@ -30,6 +37,10 @@ Workspace workspace(const Call& call, bool backward);
 
 template <typename T>
 void forward(const Call& call, void* y);
+
+// w must be of T.
+template <typename T>
+void gated(const Call& call, const Gating& gating, void* y);
 
 template <typename T>
 void backward(const Call& call, const Gradients& out);

@@ -4,6 +4,7 @@
 namespace wkv6 {
 
 template void forward<__nv_bfloat16>(const Call&, void*);
+template void gated<__nv_bfloat16>(const Call&, const Gating&, void*);
 template void backward<__nv_bfloat16>(const Call&, const Gradients&);
 
 }  // namespace wkv6

@@ -295,6 +295,26 @@ __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(
 
 __device__ inline float log2_decay(float w) { return max_or_nan(w * kLog2E, kLeastLogDecay); }
 
+// The log2 decays of four neighbouring channels from what a call is given: their natural logarithms w or, kRaw, numbers
+// whose exponential, after adding a base of the channel, is -w.
+template <bool kRaw>
+struct LogDecay {
+    float base[kRaw ? 4 : 1];
+
+    __device__ explicit LogDecay(const float* bases) {
+        if constexpr (kRaw) {
+            constexpr float kLog2OfLog2E = 0.5287663729448977f;
+            load4(base, bases);
+            for (int j = 0; j < 4; ++j) base[j] = fmaf(base[j], kLog2E, kLog2OfLog2E);
+        }
+    }
+
+    __device__ float operator()(float given, int j) const {
+        return kRaw ? max_or_nan(-exp2_fast(fmaf(given, kLog2E, base[kRaw ? j : 0])), kLeastLogDecay)
+                    : log2_decay(given);
+    }
+};
+
 // Decays within a chunk. A chunk is halved again and again: a pair of tokens meets at the level where a boundary first
 // separates them, and its decay is the product of one factor for each token, which covers the tokens between it and
 // that boundary. So no exponent is ever positive, none is a difference, and each level is a matrix product.
@@ -304,8 +324,9 @@ __device__ inline float log2_decay(float w) { return max_or_nan(w * kLog2E, kLea
 struct DecaySums {
     Block sum, before, after;
 
-    __device__ explicit DecaySums(const Block& w) : before{}, after{} {
-        for (int i = 0; i < 8; ++i) sum.x[i] = log2_decay(w.x[i]);
+    template <bool kRaw>
+    __device__ DecaySums(const Block& w, const LogDecay<kRaw>& decay) : before{}, after{} {
+        for (int i = 0; i < 8; ++i) sum.x[i] = decay(w.x[i], i % 4);
     }
 
     // From parts of kHalf tokens to twice that.
@@ -385,11 +406,12 @@ struct PassingDecays {
     }
 
     // Sums over the 16 tokens of each warp, into kWarps rows of kN.
-    __device__ void store_totals(float* totals) const {
+    template <bool kRaw>
+    __device__ void store_totals(float* totals, const LogDecay<kRaw>& decay) const {
         float sum[4] = {};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            for (int j = 0; j < 4; ++j) sum[j] += log2_decay(x[i][j]);
+            for (int j = 0; j < 4; ++j) sum[j] += decay(x[i][j], j);
         }
         for (int j = 0; j < 4; ++j) sum[j] += shuffle_xor(sum[j], 16);
         if (threadIdx.x % 32 < 16) store4(totals + threadIdx.x / 32 * kN + threadIdx.x % 16 * 4, sum);

@@ -4,6 +4,7 @@
 namespace wkv6 {
 
 template void forward<float>(const Call&, void*);
+template void gated<float>(const Call&, const Gating&, void*);
 template void backward<float>(const Call&, const Gradients&);
 
 }  // namespace wkv6

@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         gradients.load(gy + chunk_origin, stride, rows);
         start_group(0);
         if (threadIdx.x < kN / 4) copy_async<16>(bonus_all + 4 * threadIdx.x, u + head * kN + 4 * threadIdx.x);
-        decays.store_totals(totals);
+        decays.store_totals(totals, LogDecay<false>(nullptr));
         values.store<kSplit>(v_tile);
         gradients.store<kSplit>(gy_tile);
     }
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int group = 0; group < kGroups; ++group) {
         GroupGradient<kSplit> x;
         wait_copies();
-        DecaySums d(w_coming.take());
+        DecaySums d(w_coming.take(), LogDecay<false>(nullptr));
         x.r = r_coming.take(), x.k = k_coming.take();
         if (group + 1 < kGroups) start_group(group + 1);
         float bonus[4];

@@ -72,9 +72,9 @@ class Launcher {
     bool programmatic_ = false;
 };
 
-// The states of `sets` sets, each of both directions.
-template <typename T, typename W>
-void launch_states(Launcher& launch, const Call& call, const Sizes& sizes, int sets) {
+// The states of `sets` sets, each of both directions. base: not null if w is raw (kRaw).
+template <typename T, typename W, bool kRaw = false>
+void launch_states(Launcher& launch, const Call& call, const Sizes& sizes, int sets, const float* base = nullptr) {
     if (sizes.slots() == 0) return;
     constexpr bool kSplit = kSplitFor<T>;
     constexpr int kShared = 2 * Tile::kBytes + kStateWarps * kN * sizeof(float);
@@ -86,12 +86,12 @@ void launch_states(Launcher& launch, const Call& call, const Sizes& sizes, int s
     const int kinds = 2 * sets;
     const int64_t sequences = kinds * sizes.bh, scans = sequences * (kN * kN / 4);
     if (sequences >= kWalkBlocksPerProcessor * launch.processors()) {
-        launch(state_kernel<T, W, kSplit, true>, sequences, kStateThreads, kShared, in, w, sizes, kinds, states,
-               decays);
+        launch(state_kernel<T, W, kSplit, true, kRaw>, sequences, kStateThreads, kShared, in, w, base, sizes, kinds,
+               states, decays);
         return;
     }
-    launch(state_kernel<T, W, kSplit, false>, sequences * sizes.slots(), kStateThreads, kShared, in, w, sizes, kinds,
-           states, decays);
+    launch(state_kernel<T, W, kSplit, false, kRaw>, sequences * sizes.slots(), kStateThreads, kShared, in, w, base,
+           sizes, kinds, states, decays);
     if (scans >= kScanThreadsPerProcessor * launch.processors()) {
         launch(scan_kernel<kSplit, 1>, scans / kThreads, kThreads, 0, states, decays, sizes);
     } else {
@@ -100,12 +100,12 @@ void launch_states(Launcher& launch, const Call& call, const Sizes& sizes, int s
     }
 }
 
-template <typename T, typename W>
+template <typename T, typename W, bool kFinish = false>
 void launch_output(Launcher& launch, const Call& call, const Sizes& sizes, const void* r, const void* k, const void* v,
-                   const float* states, void* y) {
-    launch(output_kernel<T, W, kSplitFor<T>>, sizes.bh * sizes.chunks, kThreads, OutputShared<T, W>::kBytes,
+                   const float* states, void* y, const float* base = nullptr, const Finish<T>& finish = {}) {
+    launch(output_kernel<T, W, kSplitFor<T>, kFinish>, sizes.bh * sizes.chunks, kThreads, OutputShared<T, W>::kBytes,
            static_cast<const T*>(r), static_cast<const T*>(k), static_cast<const T*>(v), static_cast<const W*>(call.w),
-           call.u, reinterpret_cast<const unsigned char*>(states), sizes, static_cast<T*>(y));
+           base, call.u, reinterpret_cast<const unsigned char*>(states), sizes, finish, static_cast<T*>(y));
 }
 
 template <typename T, typename W>
@@ -135,6 +135,15 @@ void launch_backward(const Call& call, const Gradients& out) {
 template <typename T>
 void forward(const Call& call, void* y) {
     call.w_is_float ? launch_forward<T, float>(call, y) : launch_forward<T, T>(call, y);
+}
+
+template <typename T>
+void gated(const Call& call, const Gating& gating, void* y) {
+    const Sizes sizes = sizes_of(call);
+    Launcher launch(call.stream);
+    const Finish<T> finish{static_cast<const T*>(gating.gate), gating.weight, gating.bias, gating.eps};
+    launch_states<T, T, true>(launch, call, sizes, 1, gating.base);
+    launch_output<T, T, true>(launch, call, sizes, call.r, call.k, call.v, call.states, y, gating.base, finish);
 }
 
 template <typename T>

@@ -54,14 +54,18 @@ __device__ inline void own_scores(OwnScores& out, const Block& r, const Block& k
     d.join<8>();
 }
 
+// Over the four lanes that share a token.
+__device__ inline float row_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
 // Each pair's score from its level. Those of tokens with themselves stay in own.self, summed over the channels.
 __device__ inline void select_scores(Sum (&scores)[2], OwnScores& own) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     for (int i = 0; i < 2; ++i) {
-        for (int mask = 1; mask <= 2; mask *= 2) {
-            own.next[i] += shuffle_xor(own.next[i], mask);
-            own.self[i] += shuffle_xor(own.self[i], mask);
-        }
+        own.next[i] = row_sum(own.next[i]);
+        own.self[i] = row_sum(own.self[i]);
     }
     for (int half = 0; half < 2; ++half) {
         for (int i = 0; i < 4; ++i) {
@@ -91,11 +95,55 @@ __device__ inline void add_product(Sum (&out)[8], const Left& a, Layout tile, in
     }
 }
 
-// Block x: sequence and chunk. A warp takes 16 tokens, the channels of the group at hand and all of v's.
-template <typename T, typename W, bool kSplit>
+// What becomes of y in inference: (norm of a token's head * weight + bias) * silu(gate).
+template <typename T>
+struct Finish {
+    const T* gate;
+    const float *weight, *bias;
+    float eps;
+
+    // y: 64 channels of 16 tokens, in blocks of a group each; `mine` and `channel` are a lane's first ones.
+    __device__ void operator()(Block (&y)[kGroups], T* out, int64_t mine, int channel, int64_t stride, bool first,
+                               bool second) const {
+        float mean[2] = {}, rstd[2] = {};
+        Block gates[kGroups];
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            load_block(gates[group], gate + mine + group * kGroup, stride, first, second);
+        }
+        for (const Block& block : y) {
+            for (int i = 0; i < 8; ++i) mean[i / 4] += block.x[i];
+        }
+        for (float& x : mean) x = row_sum(x) / kN;
+        for (Block& block : y) {
+            for (int i = 0; i < 8; ++i) {
+                block.x[i] -= mean[i / 4];
+                rstd[i / 4] += block.x[i] * block.x[i];
+            }
+        }
+        for (float& x : rstd) x = rsqrtf(row_sum(x) / kN + eps);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            float scale[4], shift[4];
+            Block& results = gates[group];
+            load4(scale, weight + channel + group * kGroup);
+            load4(shift, bias + channel + group * kGroup);
+            for (int i = 0; i < 8; ++i) {
+                const float x = results.x[i], silu = __fdividef(x, 1.f + __expf(-x));
+                results.x[i] = fmaf(y[group].x[i] * rstd[i / 4], scale[i % 4], shift[i % 4]) * silu;
+            }
+            store_block(out + mine + group * kGroup, stride, results, first, second);
+        }
+    }
+};
+
+// Block x: sequence and chunk. A warp takes 16 tokens, the channels of the group at hand and all of v's. kFinish: w is
+// raw (see LogDecay), and `finish` writes the results.
+template <typename T, typename W, bool kSplit, bool kFinish>
 __global__ void __launch_bounds__(kThreads, 3)
     output_kernel(const T* __restrict__ r, const T* __restrict__ k, const T* __restrict__ v, const W* __restrict__ w,
-                  const float* __restrict__ u, const unsigned char* __restrict__ states, Sizes sizes, T* y) {
+                  const float* __restrict__ base, const float* __restrict__ u, const unsigned char* __restrict__ states,
+                  Sizes sizes, Finish<T> finish, T* y) {
     extern __shared__ __align__(128) unsigned char shared[];
     using At = OutputShared<T, W>;
     const Tile v_tile{shared + At::kV};
@@ -135,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         values.load(v + chunk_origin, stride, rows);
         start_group(0);
         if (threadIdx.x < kN / 4) copy_async<16>(bonus_all + 4 * threadIdx.x, u + head * kN + 4 * threadIdx.x);
-        decays.store_totals(totals);
+        decays.store_totals(totals, LogDecay<kFinish>(base + head * kN + threadIdx.x % 16 * 4));
         values.store<kSplit>(v_tile);
         wait_for_previous_kernel();
         start_states(0);
@@ -152,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         Left r16, r32, r_before, r_after;
         wait_copies();
         if (active) {
-            DecaySums d(w_coming.take());
+            DecaySums d(w_coming.take(), LogDecay<kFinish>(base + head * kN + group * kGroup + 4 * q));
             const Block r_block = r_coming.take(), k_block = k_coming.take();
             const float* group_totals = totals + group * kGroup + 4 * q;
             float bonus[4];
@@ -182,13 +230,17 @@ __global__ void __launch_bounds__(kThreads, 3)
     if (sibling_row < rows) add_product<kSplit>(out, as_left<kSplit>(sibling), v_tile, sibling_row);
     if (far_row < rows) add_product<kSplit>(out, as_left<kSplit>(far[0]), v_tile, far_row);
     if (far_row + kRows < rows) add_product<kSplit>(out, as_left<kSplit>(far[1]), v_tile, far_row + kRows);
+    Block y_blocks[kGroups];
+#pragma unroll
     for (int group = 0; group < kGroups; ++group) {
         const Sum pair[2] = {out[2 * group], out[2 * group + 1]};
-        Block y_block = as_block(pair), v_block;
+        Block v_block;
         load_block(v_block, v + mine + group * kGroup, stride, first, second);
-        for (int i = 0; i < 8; ++i) y_block.x[i] += own.self[i / 4] * v_block.x[i];
-        store_block(y + mine + group * kGroup, stride, y_block, first, second);
+        y_blocks[group] = as_block(pair);
+        for (int i = 0; i < 8; ++i) y_blocks[group].x[i] += own.self[i / 4] * v_block.x[i];
+        if (!kFinish) store_block(y + mine + group * kGroup, stride, y_blocks[group], first, second);
     }
+    if (kFinish) finish(y_blocks, y, mine, head * kN + 4 * q, stride, first, second);
 }
 
 }  // namespace wkv6

@@ -41,13 +41,13 @@ __device__ inline void store_state_pair(unsigned char* unit, int pair, float x, 
 }
 
 // For four tokens: each one's number becomes the sum of the log2 decays of those after it (kAfter) or before it.
-template <bool kAfter>
-__device__ inline void exclusive_sums(float (&log_w)[4][4], float (&sum)[4]) {
+template <bool kAfter, bool kRaw>
+__device__ inline void exclusive_sums(float (&log_w)[4][4], float (&sum)[4], const LogDecay<kRaw>& decay) {
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
         const int i = kAfter ? 3 - step : step;
         for (int j = 0; j < 4; ++j) {
-            const float own = log2_decay(log_w[i][j]);
+            const float own = decay(log_w[i][j], j);
             log_w[i][j] = sum[j];
             sum[j] += own;
         }
@@ -58,10 +58,11 @@ __device__ inline void exclusive_sums(float (&log_w)[4][4], float (&sum)[4]) {
 // those who read the same tokens run together, set and direction: `kinds` of them. kWalk: one block walks over all
 // chunks and writes final states; else it writes its chunk's own float32 sums and the chunk's decays, and scan_kernel
 // goes on.
-template <typename T, typename W, bool kSplit, bool kWalk>
+// Tokens past the last one have whatever decay; nothing passes over them.
+template <typename T, typename W, bool kSplit, bool kWalk, bool kRaw>
 __global__ void __launch_bounds__(kStateThreads, 3)
-    state_kernel(StateInputs<T> in, const W* __restrict__ w, Sizes sizes, int kinds, unsigned char* states,
-                 float2* decays) {
+    state_kernel(StateInputs<T> in, const W* __restrict__ w, const float* __restrict__ base, Sizes sizes, int kinds,
+                 unsigned char* states, float2* decays) {
     extern __shared__ __align__(128) unsigned char shared[];
     allow_next_kernel();
     const Tile left{shared}, right{shared + Tile::kBytes};
@@ -76,6 +77,7 @@ __global__ void __launch_bounds__(kStateThreads, 3)
     const T *from_left = set ? in.left[1] : in.left[0], *from_right = set ? in.right[1] : in.right[0];
     states += (kind * sizes.bh + bh) * slots * kStateBytes;
     Sum state[4] = {};
+    const LogDecay<kRaw> decay_of(base + bh % sizes.heads * kN + 4 * quad);
 
     for (int64_t step = 0; step < (kWalk ? slots : 1); ++step) {
         const int64_t at = kWalk ? step : block % slot_count, slot = kWalk && direction ? slots - 1 - at : at;
@@ -92,9 +94,9 @@ __global__ void __launch_bounds__(kStateThreads, 3)
         passing.store<kSplit>(right);
         // Exclusive sums: of the tokens after (direction 0) or before (direction 1).
         if (direction == 0) {
-            exclusive_sums<true>(log_w, sum);
+            exclusive_sums<true>(log_w, sum, decay_of);
         } else {
-            exclusive_sums<false>(log_w, sum);
+            exclusive_sums<false>(log_w, sum, decay_of);
         }
         float beyond[4];
         for (int j = 0; j < 4; ++j) {

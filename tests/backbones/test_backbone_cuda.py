@@ -8,7 +8,7 @@ import torch
 from models import GOLDEN, images, make
 from test_backbone_golden import SIZES, build
 
-from vision_rwkv.backbones import VRWKV, VRWKV6
+from vision_rwkv.backbones import VRWKV, VRWKV6, blocks
 
 pytestmark = pytest.mark.cuda
 
@@ -76,6 +76,27 @@ def test_autocast(name, dtype):
     assert relative(output, want_output) < 4 * PRECISION[dtype]
     assert all(x.isfinite().all() for x in got.values())
     assert relative(got['image'], want['image']) < 10 * PRECISION[dtype]
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+@pytest.mark.parametrize('options', [{}, {'post_norm': True, 'init_values': 0.5}, {'drop_path_rate': 0.5}])
+def test_a_block_equals_its_modules(options, dtype, monkeypatch):
+    model = make(VRWKV, **options).cuda()
+    for part in (model.train(), model.eval()):
+        found = []
+        for whole in (True, False):
+            monkeypatch.setattr(blocks, 'has_block', lambda whole=whole: whole)
+            torch.manual_seed(3)  # of drop path
+            with torch.autocast('cuda', dtype, enabled=dtype is not None):
+                found.append({key: x.clone() for key, x in gradients(part, images().cuda()).items()})
+        got, want = found
+        if dtype is not None:
+            assert relative(got['image'], want['image']) < 10 * PRECISION[dtype]
+            continue
+        largest = max(x.norm().item() / x.numel() ** 0.5 for x in want.values())
+        for key, exact in want.items():
+            if exact.norm() > 1e-6 * largest * exact.numel() ** 0.5:
+                assert relative(got[key], exact) < 1e-3, key
 
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])

@@ -6,12 +6,18 @@ import pytest
 import torch
 from models import images, make
 
-from vision_rwkv.backbones import VRWKV, blocks
+from vision_rwkv.backbones import VRWKV, VRWKV6, blocks
 from vision_rwkv.backbones.blocks import Carry
 from vision_rwkv.backbones.shift import SEQUENCE
 from vision_rwkv.ops._native import has_block
 
-OPTIONS = [{}, {'post_norm': True, 'init_values': 0.5}, {'drop_path_rate': 0.5, 'channel_gamma': 0.2, 'shift_pixel': 2}]
+OPTIONS = {
+    'plain': (VRWKV, {}),
+    'post_norm': (VRWKV, {'post_norm': True, 'init_values': 0.5}),
+    'shift': (VRWKV, {'drop_path_rate': 0.5, 'channel_gamma': 0.2, 'shift_pixel': 2}),
+    'six': (VRWKV6, {'drop_path_rate': 0.5}),
+    'six_post_norm': (VRWKV6, {'post_norm': True, 'init_values': 0.5, 'with_cls_token': True}),
+}
 
 
 def results(model, dtype, whole, monkeypatch):
@@ -28,10 +34,11 @@ def results(model, dtype, whole, monkeypatch):
 
 
 @pytest.mark.skipif(not has_block(), reason='no native code')
-@pytest.mark.parametrize('options', OPTIONS, ids=['plain', 'post_norm', 'shift'])
+@pytest.mark.parametrize('name', OPTIONS)
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
-def test_equals_its_modules(options, dtype, monkeypatch):
-    model = make(VRWKV, **options)
+def test_equals_its_modules(name, dtype, monkeypatch):
+    version, options = OPTIONS[name]
+    model = make(version, **options)
     twin = copy.deepcopy(model)
     got, want = results(model, dtype, True, monkeypatch), results(twin, dtype, False, monkeypatch)
     assert all(map(torch.equal, got, want))
@@ -46,16 +53,17 @@ def replaced(model):
 
 
 @pytest.mark.parametrize('change', [None, hook, replaced])
-def test_only_blocks_out_of_the_ordinary_call_their_modules(change):
-    model = make(VRWKV)
+@pytest.mark.parametrize('version', [VRWKV, VRWKV6])
+def test_only_blocks_out_of_the_ordinary_call_their_modules(version, change):
+    model = make(version)
     if change:
         change(model)
     hw = (2, 3)
     whole = [layer._whole_parts(hw) is not None for layer in model.layers]
     assert whole == [has_block() and not change, *[has_block()] * (len(whole) - 1)]
     assert model.layers[1]._whole_parts(SEQUENCE) is None
-    assert make(VRWKV, key_norm=True).layers[0]._whole_parts(hw) is None
-    assert make(VRWKV, shift_pixel=0).layers[0]._whole_parts(hw) is None
+    assert make(version, key_norm=True).layers[0]._whole_parts(hw) is None
+    assert make(version, shift_pixel=0).layers[0]._whole_parts(hw) is None
 
 
 def test_statistics_are_handed_on_for_the_same_eps_only():

@@ -62,6 +62,11 @@ def compute_dtype(case: Case) -> torch.dtype:
     return torch.float64 if torch.float64 in (case.dtype, case.parameters) else torch.float32
 
 
+def has_kernels(case: Case) -> bool:
+    """Whether the case runs in kernels on CUDA, not in PyTorch."""
+    return case.name == 'bi_wkv' or (case.shape[-1] == 64 and compute_dtype(case) == torch.float32)
+
+
 def bi_wkv_bounds(case: Case, w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor) -> list[Tensor]:
     """What y and the gradients of w, u, k, v may be off by before they are rounded to their dtypes."""
     compute = compute_dtype(case)
@@ -121,8 +126,7 @@ class Attack:
     def __init__(self, case: Case, given: dict[str, Tensor], gy: Tensor):
         self.case, self.given, self.gy = case, given, gy
         self.labels = ['y', *given]
-        kernels = case.name == 'bi_wkv' or (case.shape[-1] == 64 and compute_dtype(case) == torch.float32)
-        self.native = implementation(gy.device) == 'native' and (kernels or not gy.is_cuda)
+        self.native = implementation(gy.device) == 'native' and (has_kernels(case) or not gy.is_cuda)
         self.results = self.run(given, gy)
         exact, g = {x: t.double() for x, t in given.items()}, gy.double()
         y, grads = gradients(DEFINITIONS[case.name], exact, g)

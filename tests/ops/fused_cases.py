@@ -74,6 +74,15 @@ def _mixed(n: Tensor, mixes: list[Tensor], size: Size, delta: Tensor | float = 0
     return n * mix + reference.q_shift(n, *size.shift) * (1 - mix)
 
 
+def _dynamic(x, mixes, w1, w2, w3, w4, maps, weight, bias, size: Size) -> list[Tensor]:
+    n = _normalised(x, weight, bias)
+    apart = reference.q_shift(n, *size.shift) - n
+    z = torch.tanh((n + apart * mixes[0]) @ w1).unflatten(-1, (5, -1))
+    inputs = [n + apart * (mixes[1 + i] + z[..., i, :] @ w2[i]) for i in range(5)]
+    outputs = [part @ m.T for part, m in zip(inputs[1:], maps, strict=True)]
+    return [*outputs, torch.tanh(inputs[0] @ w3) @ w4]
+
+
 def cases(size: Size) -> dict[str, Case]:
     """Every operator at one size; inputs are normal, seeded."""
     generator = torch.Generator().manual_seed(0)
@@ -83,6 +92,7 @@ def cases(size: Size) -> dict[str, Case]:
     a, b, d = (normal(1, 1, c) for _ in range(3))
     norm = {'weight': 1 + 0.1 * normal(c), 'bias': normal(c)}
     maps = {'one': normal(2 * c, c) / c**0.5, 'two': normal(c, c) / c**0.5}
+    rank = 32 if c % 64 == 0 else 3  # as in the models, for which there are kernels
     scale = torch.rand(size.batch, generator=generator).double()  # exact in float32 too, which the kernels take
     with_norm = lambda w, b: ops.Norm(w, b, EPS)  # noqa: E731
 
@@ -112,6 +122,23 @@ def cases(size: Size) -> dict[str, Case]:
             ],
             {'x': x, 'a': a, 'b': b, **norm, **maps},
             'x one two',
+        ),
+        'dynamic_linear': Case(
+            lambda x, mixes, w1, w2, w3, w4, m, w, v: ops.dynamic_linear(
+                x, mixes.unbind(), [w1, w2, w3, w4], m.unbind(), *size.shift, norm=with_norm(w, v)
+            ),
+            lambda *inputs: _dynamic(*inputs, size),
+            {
+                'x': x,
+                'mixes': normal(6, c),
+                'w1': normal(c, 5 * rank) / c**0.5,
+                'w2': normal(5, rank, c) / rank**0.5,
+                'w3': normal(c, 2 * rank) / c**0.5,
+                'w4': normal(2 * rank, c) / rank**0.5,
+                'maps': normal(4, c, c) / c**0.5,
+                **norm,
+            },
+            'x w1 w2 w3 w4 maps',
         ),
         'gated_linear': Case(
             ops.gated_linear,

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attack_cases import KINDS, Case, cases, kinds, tensors
-from attack_checks import attack
+from attack_checks import attack, has_kernels
 from hypothesis import HealthCheck, given, settings
-from op_cases import DEVICES
+from op_cases import DEVICES, OPERATORS, gradients
+from torch import Tensor
+
+from vision_rwkv.ops import gated_bi_wkv
 
 FEW = 150
 WIDE = {'cpu': 3, 'cuda': 90}  # percent of the cases: a GPU has time for their definition, and other kernels for them
@@ -26,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name', SHARES)
-def test_attack(name, device, attack_count, capsys):
+def test_attack(name, device, attack_count, seeded, capsys):
     """Every case passes, and a fifth of the cases is of each kind."""
     count, worst = Counter(), {}
 
@@ -43,9 +46,34 @@ def test_attack(name, device, attack_count, capsys):
         attack(case, inputs, gy, worst)
         count.update(['all', *kinds(case, inputs)])
 
-    every()
+    seeded(every)()
     with capsys.disabled():
         print(f'\n{name} on {device}: ' + ', '.join(f'{count[kind]} {kind}' for kind in ('all', *KINDS)))
         if attack_count:
             print('largest shares of what may be missed:', {x: round(share, 3) for x, share in worst.items()})
     assert all(5 * count[kind] >= count['all'] for kind in KINDS), count
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('name', SHARES)
+def test_kernels_alone(name, attack_count, seeded):
+    """Every kernel twice gives the same bits. Next to nothing else runs on the GPU: this is for compute-sanitizer."""
+
+    def run(given: dict[str, Tensor], gy: Tensor) -> list[Tensor]:
+        y, grads = gradients(OPERATORS[name], given, gy)
+        gated = [gated_bi_wkv(*given.values(), gy)] if name == 'bi_wkv' else []
+        return [x.cpu() for x in (y, *grads, *gated)]
+
+    @settings(
+        max_examples=round(attack_count * SHARES[name]) if attack_count else FEW,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases(name, 100).filter(has_kernels))
+    def every(case: Case) -> None:
+        inputs, gy = tensors(case, 'cuda')
+        assert all(map(torch.equal, run(inputs, gy), run(inputs, gy))), case
+
+    seeded(every)()

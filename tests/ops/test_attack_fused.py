@@ -69,7 +69,7 @@ def on_its_own(attack: dict, case, device: str) -> None:
 
 
 @pytest.mark.parametrize('device', DEVICES)
-def test_attack(device, attack_count, capsys):
+def test_attack(device, attack_count, seeded, capsys):
     """Every case equals its definition, values and gradients, and a fifth of the cases is of each kind."""
     count = Counter()
 
@@ -94,7 +94,7 @@ def test_attack(device, attack_count, capsys):
         }
         count.update(['all', *(kind for kind in KINDS if is_kind[kind])])
 
-    every()
+    seeded(every)()
     with capsys.disabled():
         print(f'\nQ-Shift and others on {device}: ' + ', '.join(f'{count[kind]} {kind}' for kind in ('all', *KINDS)))
     assert all(5 * count[kind] >= count['all'] for kind in KINDS), count

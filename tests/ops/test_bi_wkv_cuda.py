@@ -56,8 +56,14 @@ def test_every_length(tokens, dtype):
     check(inputs(2, tokens, 40, dtype))
 
 
-def test_many_chunks():
-    check(inputs(1, 16384, 20))
+# The first is taken in one pass; of the second, fewer tiles are on chip at the same time than it has.
+@pytest.mark.parametrize('tokens', [16384, 40000])
+def test_many_chunks(tokens):
+    check(inputs(1, tokens, 20))
+
+
+def test_more_tiles_than_blocks_in_one_pass():
+    check(inputs(6, 8192, 112))
 
 
 @pytest.mark.parametrize('tokens', [33, 300])

@@ -14,7 +14,7 @@ from op_cases import (
     wkv6_inputs,
 )
 
-from vision_rwkv.ops import bi_wkv, gated_bi_wkv, wkv6
+from vision_rwkv.ops import bi_wkv, gated_bi_wkv, gated_wkv6, log_decay, norm_gate, wkv6
 
 BOTH = ['bi_wkv', 'wkv6']
 LAYOUT = {'bi_wkv': {'w': 'C', 'u': 'C', 'k': 'BTC', 'v': 'BTC'}, 'wkv6': dict.fromkeys('rkvw', 'BTHN') | {'u': 'HN'}}
@@ -58,6 +58,29 @@ def test_gated_bi_wkv(dtype, device):
     )
     with pytest.raises(RuntimeError, match='gated_bi_wkv has no gradient'):
         gated_bi_wkv(w, u, k.requires_grad_(), v, r)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gated_wkv6(dtype, device):
+    torch.manual_seed(0)
+    r, k, v, raw, gate = (torch.randn(2, 9, 8, device=device).to(dtype) for _ in range(5))
+    base, weight, bias = (torch.rand(8, dtype=torch.float64, device=device) for _ in range(3))
+    u = torch.randn(2, 4, dtype=torch.float64, device=device)
+    base, weight, bias, u = (x if dtype == torch.float64 else x.float() for x in (base, weight, bias, u))
+    w = log_decay(raw, base)
+    heads = [x.double().unflatten(-1, (2, 4)) for x in (r, k, v, w)]
+    want = norm_gate(wkv6(*heads, u).flatten(2), gate.double(), weight.double(), bias.double(), 2, 1e-5)
+    got = gated_wkv6(r, k, v, raw, base, u, gate, weight, bias, 1e-5)
+    assert got.dtype == dtype
+    assert error(got, want) <= {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}.get(dtype, 2e-3)
+    torch.library.opcheck(
+        torch.ops.vision_rwkv.gated_wkv6.default,
+        (r, k, v, raw, base, u, gate, weight, bias, 1e-5),
+        test_utils=['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic'],
+    )
+    with pytest.raises(RuntimeError, match='gated_wkv6 has no gradient'):
+        gated_wkv6(r.requires_grad_(), k, v, raw, base, u, gate, weight, bias, 1e-5)
 
 
 @pytest.mark.parametrize('name', BOTH)

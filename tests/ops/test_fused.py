@@ -8,7 +8,7 @@ from op_cases import DEVICES
 from vision_rwkv import ops
 
 OPERATORS = ['q_shift', 'mix_linear', 'gated_linear', 'squared_relu_linear', 'gate', 'squared_relu', 'residual']
-OPERATORS += ['log_decay', 'norm_gate']
+OPERATORS += ['log_decay', 'norm_gate', 'dynamic_linear']
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -25,7 +25,9 @@ def test_every_precision(name, size, precision, device):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('precision', ['float32', 'autocast-bfloat16'])
 @pytest.mark.parametrize('size', ['one_token', 'far', 'past_the_border', 'wide', 'long'])
-@pytest.mark.parametrize('name', ['q_shift', 'q_shift_norm_delta', 'mix_linear', 'residual_whole', 'log_decay'])
+@pytest.mark.parametrize(
+    'name', ['q_shift', 'q_shift_norm_delta', 'mix_linear', 'dynamic_linear', 'residual_whole', 'log_decay']
+)
 def test_every_size(name, size, precision, device):
     check(cases(SIZES[size])[name], precision, device)
 
@@ -37,6 +39,14 @@ def test_gradcheck(name):
         case = cases(SIZES['one_token']._replace(channels=64))[name]
     leaves = [x.detach().requires_grad_() for x in case.inputs.values()]
     assert torch.autograd.gradcheck(lambda *xs: case.op(*xs), leaves, fast_mode=True)
+
+
+def dynamic(dtype, device):
+    """Mixes, low-rank factors and maps for `dynamic_linear` on 128 channels; gradients of one in bfloat16 that is there
+    several times would be rounded in any order."""
+    shapes = [(128, 160), (5, 32, 128), (128, 64), (64, 128)]
+    leaf = lambda *shape: torch.randn(*shape, dtype=dtype, device=device, requires_grad=True)  # noqa: E731
+    return [leaf(128) for _ in range(6)], [leaf(*shape) for shape in shapes], [leaf(128, 128) for _ in range(4)]
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -57,6 +67,7 @@ def test_opcheck(dtype, device):
         'residual': (x, y, y, weight, bias, a, None, 1e-5, None),
         'log_decay': (x, a),
         'norm_gate': (x, y, weight, bias, 2, 1e-5, dtype),
+        'dynamic_linear': (x, *dynamic(dtype, device), weight, bias, stats, 1e-5, *where, dtype),
     }
     assert list(calls) == OPERATORS
     for name, arguments in calls.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vision_rwkv.ops import fallback, wkv6
+from vision_rwkv.ops import fallback, gated_wkv6, wkv6
 
 pytestmark = pytest.mark.cuda
 
@@ -170,3 +170,41 @@ def test_wrong_arguments():
         torch.ops.vision_rwkv.wkv6(r, k, v, w, u[:1])
     with pytest.raises(RuntimeError, match='device'):
         torch.ops.vision_rwkv.wkv6(r, k, v, w, u.cpu())
+
+
+def gated_inputs(batch, tokens, heads, dtype):
+    """r, k, v, raw, base, u, gate, weight, bias of `gated_wkv6`."""
+    torch.manual_seed(tokens)
+    r, k, v, raw, gate = (torch.randn(batch, tokens, heads * N, device='cuda').to(dtype) for _ in range(5))
+    base, weight, bias = (torch.randn(heads * N, device='cuda') for _ in range(3))
+    return r, k, v, raw, base - 3, torch.randn(heads, N, device='cuda'), gate, weight, bias
+
+
+def gated_by_definition(r, k, v, raw, base, u, gate, weight, bias, eps):
+    heads, doubles = len(u), [x.double() for x in (r, k, v, -torch.exp(raw.double() + base.double()), u)]
+    y = fallback.wkv6(*(x.unflatten(-1, (heads, -1)) for x in doubles[:4]), doubles[4]).flatten(0, 1).flatten(1)
+    normed = torch.nn.functional.group_norm(y, heads, weight.double(), bias.double(), eps).view_as(gate)
+    return normed * torch.nn.functional.silu(gate.double())
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('size', [(2, 1, 1), (2, 49, 3), (1, 196, 2), (300, 196, 1), (1, 4200, 2)])
+def test_gated(size, dtype):
+    given = gated_inputs(*size, dtype)
+    got, want = gated_wkv6(*given, 1e-5), gated_by_definition(*given, 1e-5)
+    assert got.dtype == dtype and got.shape == want.shape
+    assert (got.double() - want).norm() <= TOLERANCE[dtype][0] * want.norm()
+
+
+def test_gated_takes_views_and_no_tokens_and_other_dtypes():
+    r, k, v, raw, base, u, gate, *norm = gated_inputs(2, 60, 2, torch.float32)
+    views = [x.unflatten(1, (30, 2))[:, :, 0] for x in (r, k, v, raw, gate)]
+    r, k, v, raw, gate = (x.contiguous() for x in views)
+    want = gated_wkv6(r, k, v, raw, base, u, gate, *norm, 1e-5)
+    assert torch.equal(gated_wkv6(*views[:4], base, u, views[4], *norm, 1e-5), want)
+    doubles = [x.double() for x in (r, k, v, raw, base, u, gate, *norm)]
+    assert (gated_wkv6(*doubles, 1e-5) - want).norm() <= 1e-5 * want.norm()
+    empty = [x[:, :0] for x in (r, k, v, raw, gate)]
+    assert gated_wkv6(*empty[:4], base, u, empty[4], *norm, 1e-5).shape == (2, 0, 2 * N)
+    with pytest.raises(RuntimeError, match='base must have 128 values'):
+        gated_wkv6(r, k, v, raw, base[:5], u, gate, *norm, 1e-5)

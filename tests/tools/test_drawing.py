@@ -49,9 +49,27 @@ def instances(height: int, width: int) -> list[dict]:
 def test_instances(shape):
     found = instances(*shape)
     figure = drawing.draw_instances(np.zeros((*shape, 3), np.uint8), found)
-    assert texts(figure) == ['cat 50%', 'cat 60%', 'cat 70%', 'cat 80%', 'cat 90%']  # the best one on top
+    assert texts(figure) == ['cat 90%', 'cat 80%', 'cat 70%', 'cat 60%', 'cat 50%']
+    orders = [text.get_zorder() for text in figure.axes[0].texts]
+    assert orders == sorted(orders, reverse=True)  # the best one on top
     assert figure.axes[0].patches[-1].get_width() == pytest.approx(0.8 * shape[1])
     assert figure.get_size_inches().max() * drawing.DPI == pytest.approx(max(*shape, drawing.LEAST))
+
+
+def test_labels_of_boxes_in_one_place_do_not_cover_each_other():
+    boxes = [(40, 30, 120, 130), (41, 31, 119, 131), (40, 32, 121, 129), (42, 30, 120, 130), (100, 0, 160, 40)]
+    found = [{'label': i, 'name': 'cat', 'score': 0.9 - i / 10, 'box': box} for i, box in enumerate(boxes)]
+    figure = drawing.draw_instances(np.zeros((160, 160, 3), np.uint8), found)
+    assert len(texts(figure)) == 5
+    drawn = [text.get_bbox_patch().get_window_extent() for text in figure.axes[0].texts]
+    for number, one in enumerate(drawn):
+        for other in drawn[:number]:
+            shared = one.intersection(one, other)
+            assert shared is None or min(shared.width, shared.height) <= 1
+    tops = [figure.axes[0].transData.inverted().transform((box.x0, box.y0))[1] for box in drawn]
+    assert tops[0] == pytest.approx(30, abs=0.5)  # the best one where it would be alone: on its box
+    crowd = drawing.draw_instances(np.zeros((160, 160, 3), np.uint8), 12 * found[:1])
+    assert len(texts(crowd)) == 12  # more than there is room for: inside the picture all the same
 
 
 def test_masks_tint_what_they_cover():

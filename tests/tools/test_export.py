@@ -111,10 +111,12 @@ def test_a_file_that_differs_is_not_left_behind(monkeypatch, small, tmp_path):
     ('config', 'arguments'),
     [
         (T, ('--format', 'onnx', '--dynamic-size', 512)),
-        (T6, ('--format', 'onnx')),
+        (T6, ('--format', 'onnx', '--dynamic-size', 512)),
         (SCENES, ('--format', 'onnx')),
+        (T, ('--format', 'aot-inductor')),
+        (T6, ('--format', 'aot-inductor')),
     ],
-    ids=lambda value: value.stem if hasattr(value, 'stem') else 'any_size' if len(value) > 2 else 'one_size',
+    ids=lambda value: value.stem if hasattr(value, 'stem') else '-'.join(map(str, value[1:])),
 )
 def test_models(monkeypatch, capsys, tmp_path, config, arguments):
     run(monkeypatch, config, checkpoint(config, tmp_path), *arguments, '--runs', 3)  # fails unless it matches

@@ -56,6 +56,22 @@ def test_a_checkpoint_that_is_cut_is_passed_over(noted, tmp_path):
     assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
 
 
+def test_folders_as_deepspeed_writes_them(tmp_path):
+    for time, name in enumerate(['epoch_1.pth', 'epoch_2.pth', 'epoch_3.pth']):
+        (tmp_path / name).mkdir()
+        for part in ('mp_rank_00_model_states.pt', 'zero_pp_rank_0_mp_rank_00_optim_states.pt'):
+            torch.save({'a': torch.zeros(1000)}, tmp_path / name / part)
+        os.utime(tmp_path / name, (time, time))
+    (tmp_path / 'last_checkpoint').write_text(f'{tmp_path}/epoch_3.pth')
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_3.pth')
+    os.truncate(tmp_path / 'epoch_3.pth/mp_rank_00_model_states.pt', 3000)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_2.pth')
+    for part in (tmp_path / 'epoch_2.pth').iterdir():
+        part.unlink()
+    os.utime(tmp_path / 'epoch_2.pth', (5, 5))
+    assert latest_checkpoint(tmp_path) == str(tmp_path / 'epoch_1.pth')
+
+
 def test_a_checkpoint_gives_way_when_the_next_is_written(tmp_path, monkeypatch):
     """Even the only one that is kept, and the best one."""
     runner = runner_of(tmp_path, keep=1)

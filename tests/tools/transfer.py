@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from scripts import ROOT
 
@@ -87,9 +88,18 @@ EPOCHS = {'labels': (10, 3), 'masked': (20, 3)}  # for the checkpoint, and from 
 
 
 def compare(kind: str, seed: int, folder: Path) -> tuple[float, float]:
-    """Top-1 from the checkpoint and from scratch; ``folder`` is empty."""
+    """Top-1 from the checkpoint and from scratch; ``folder`` is empty.
+
+    On one thread: in steps this short two of them mostly wait for each other, for whole time slices where others use
+    the cores (a step of 50 ms took 4 s).
+    """
     make_digits.make(folder / 'digits', 'classification')
-    return EXPERIMENTS[kind](folder, folder / 'digits', seed, *EPOCHS[kind])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return EXPERIMENTS[kind](folder, folder / 'digits', seed, *EPOCHS[kind])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def main() -> None:

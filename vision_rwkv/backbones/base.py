@@ -6,9 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from vision_rwkv.backbones._checks import check_choice, check_image, check_int, check_range, to_layers, to_pair
-from vision_rwkv.backbones.blocks import Block, Carry, ChannelMix, PatchEmbed, ceil_div, resize_pos_embed
+from vision_rwkv.backbones.blocks import (
+    Block,
+    Carry,
+    ChannelMix,
+    PatchEmbed,
+    ceil_div,
+    normalised,
+    resize_pos_embed,
+)
 from vision_rwkv.backbones.initial import init_linear
-from vision_rwkv.backbones.shift import Shift
+from vision_rwkv.backbones.shift import Shift, is_watched
 
 INTERPOLATE_MODES = ('bicubic', 'bilinear', 'nearest')
 
@@ -126,19 +134,34 @@ class Backbone(nn.Module):
             x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], 1)
         return self.drop_after_pos(x), hw
 
+    def _embed_normalised(self, x: Tensor, carry: Carry) -> tuple[Tensor, tuple[int, int]] | None:
+        """`embed` and the first norm in one pass, where a GPU computes without gradients and nothing lies between."""
+        first, dropout = self.layers[0], self.drop_after_pos
+        drops = dropout.training and dropout.p > 0
+        if torch.is_grad_enabled() or not isinstance(x, Tensor) or not x.is_cuda or self.cls_token is not None:
+            return None
+        if drops or type(first) is not Block or first.ln0 is None or is_watched(first, first.ln0, dropout):
+            return None
+        check_image(x, self.in_channels)
+        x, hw = self.patch_embed(x)
+        position = resize_pos_embed(self.pos_embed, self.grid, hw, self.interpolate_mode)
+        x, carry.stats = normalised(first.ln0, x, position, None if first.post_norm else first.ln1.eps)
+        carry.normalised = True
+        return x, hw
+
     def forward(self, x: Tensor) -> tuple[Feature, ...]:
         """Images (B, in_channels, H, W) -> a map (B, C, h, w) for each of ``out_indices``, in the order of the layers.
 
         With ``output_cls_token`` each is a pair [map, class token (B, C)]. Any size of image: h and w are H and W
         over the patch size, rounded up. The final norm applies to the last layer's map alone. Raises as `embed`.
         """
-        x, hw = self.embed(x)
-        features: list[Feature] = []
         carry = Carry()
+        x, hw = self._embed_normalised(x, carry) or self.embed(x)
+        features: list[Feature] = []
         for number, layer in enumerate(self.layers):
             x = layer(x, hw, carry)
             if self.ln1 is not None and number == len(self.layers) - 1:
-                x = self.ln1(x)
+                x = normalised(self.ln1, x)[0]
             if number in self.out_indices:
                 features.append(self._to_feature(x, hw))
             if number == self.out_indices[-1]:  # nobody sees the layers after it

@@ -21,7 +21,17 @@ from vision_rwkv.backbones.shift import (
     plain_parts,
     shifted_linears,
 )
-from vision_rwkv.ops import Norm, gate, q_shift, residual, squared_relu, squared_relu_linear, squared_relu_mlp
+from vision_rwkv.ops import (
+    Norm,
+    gate,
+    norm_tokens,
+    patches,
+    q_shift,
+    residual,
+    squared_relu,
+    squared_relu_linear,
+    squared_relu_mlp,
+)
 from vision_rwkv.ops._checks import autocast_dtype
 from vision_rwkv.ops._native import has_block
 
@@ -51,9 +61,12 @@ class PatchEmbed(nn.Module):
         if not is_fixed(h, w) or (height, width) != (h * p, w * p):
             x = F.pad(x, (0, w * p - width, 0, h * p - height))
         # As a linear map of each patch, which is faster than a GPU's convolution. One copy orders and casts the pixels.
-        patches = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, in_channels, p, p)
-        patches = patches.to(autocast_dtype(x), memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
-        return F.linear(patches, self.projection.weight.flatten(1), self.projection.bias), (h, w)
+        if x.is_cuda and not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_exporting():
+            ordered = patches(x, p)
+        else:
+            ordered = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, channels, p, p)
+            ordered = ordered.to(autocast_dtype(x), memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+        return F.linear(ordered, self.projection.weight.flatten(1), self.projection.bias), (h, w)
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], hw: tuple[int, int], mode: str) -> Tensor:
@@ -65,6 +78,17 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], hw: tuple[int, in
         return pos_embed
     maps = pos_embed.transpose(1, 2).unflatten(2, grid)
     return F.interpolate(maps, size=hw, mode=mode).flatten(2).transpose(1, 2)
+
+
+def normalised(
+    norm: nn.LayerNorm, x: Tensor, position: Tensor | None = None, stats_eps: float | None = None
+) -> tuple[Tensor, Stats | None]:
+    """``norm`` of x + position, and on a GPU, where gradients are off, its statistics for a norm with this eps."""
+    quiet = x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    if not quiet or type(norm) is not nn.LayerNorm or is_watched(norm):
+        return norm(x if position is None else x + position), None
+    x, stats = norm_tokens(x, folded(norm), position, stats_eps)
+    return x, None if stats_eps is None else Stats(stats, stats_eps)
 
 
 class ChannelMix(nn.Module):
@@ -113,9 +137,10 @@ class ChannelMix(nn.Module):
 
 
 class Carry:
-    """What a block leaves for the one after it, if nothing happens to the tokens between them: their statistics."""
+    """What a block finds out about its tokens for the one after it, if nothing happens to them in between."""
 
-    stats: Stats | None = None
+    stats: Stats | None = None  # their statistics
+    normalised = False  # whether layer 0 finds its input normalised
 
 
 class Block(nn.Module):
@@ -161,7 +186,8 @@ class Block(nn.Module):
         """
         # Not with post_norm, where no norm comes first.
         next_eps = None if carry is None or self.post_norm else self.ln1.eps
-        arguments = x, hw, None if carry is None else carry.stats, next_eps
+        known, raw = (None, True) if carry is None else (carry.stats, not carry.normalised)
+        arguments = x, hw, known, next_eps, raw
         if self.with_cp and torch.is_grad_enabled():  # inference and export see plain blocks
             x, stats = checkpoint(self._forward, *arguments, use_reentrant=False)
         else:
@@ -171,11 +197,11 @@ class Block(nn.Module):
         return x
 
     def _forward(
-        self, x: Tensor, hw: tuple[int, int], stats: Stats | None, next_eps: float | None
+        self, x: Tensor, hw: tuple[int, int], stats: Stats | None, next_eps: float | None, raw: bool
     ) -> tuple[Tensor, Tensor]:
-        """The tokens, and their statistics if a next norm's eps is given."""
-        if self.ln0 is not None:
-            x, stats = self.ln0(x), None
+        """The tokens, and their statistics if a next norm's eps is given. raw: layer 0 has to normalise its input."""
+        if self.ln0 is not None and raw:
+            x, stats = normalised(self.ln0, x, stats_eps=None if self.post_norm else self.ln1.eps)
         if (parts := self._whole_parts(hw)) is not None:
             return self._whole(x, hw, stats, next_eps, *parts)
         if self.post_norm:
@@ -189,9 +215,9 @@ class Block(nn.Module):
     def _whole_parts(self, hw: tuple[int, int]) -> tuple[PlainParts, PlainParts] | None:
         """The parts of both mixes for `vrwkv_block`, unless something in this block is out of the ordinary, or watched.
 
-        A compiler sees the operators that a block is made of, and leaves them as they are.
+        An export has the operators that a block is made of, for which other programs have translations.
         """
-        if torch.compiler.is_compiling() or not has_block() or hw == SEQUENCE:
+        if torch.compiler.is_exporting() or not has_block() or hw == SEQUENCE:
             return None
         if is_watched(self.att, self.ffn, self.ln1, self.ln2):
             return None
@@ -209,7 +235,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """All of the block by one call."""
         ln1, ln2 = self.ln1, self.ln2
-        return torch.ops.vision_rwkv.vrwkv_block(
+        return getattr(torch.ops.vision_rwkv, att.block)(
             x,
             folded(ln1, stats).stats,
             [ln1.weight, ln1.bias, ln2.weight, ln2.bias],
@@ -219,8 +245,7 @@ class Block(nn.Module):
             self.post_norm,
             [*att.mixes, *ffn.mixes],
             [*att.maps, *ffn.maps],
-            self.att.spatial_decay,
-            self.att.spatial_first,
+            *att.others,
             self.gamma1,
             self.gamma2,
             self._scale(x),

@@ -79,10 +79,15 @@ def is_watched(*modules: nn.Module) -> bool:
 
 
 class PlainParts(NamedTuple):
-    """Mixes (1, 1, C) and weights of linear layers (D, C) of a mix without anything out of the ordinary."""
+    """Mixes (1, 1, C) and weights of linear layers (D, C) of a mix without anything out of the ordinary.
+
+    block, others: of a spatial mix, the operator for a block with it, and what that takes after the weights.
+    """
 
     mixes: list[Tensor]
     maps: list[Tensor]
+    block: str = ''
+    others: tuple = ()
 
 
 def plain_parts(shift: Shift, mixes: Sequence[Tensor | None], linears: Sequence[nn.Linear]) -> PlainParts | None:

@@ -34,7 +34,8 @@ class SpatialMix(nn.Module):
         """What `forward` computes with, unless something in it is out of the ordinary."""
         mixes = (self.spatial_mix_k, self.spatial_mix_v, self.spatial_mix_r)
         linears = (self.key, self.value, self.receptance, self.output)
-        return None if self.key_norm is not None else plain_parts(self.shift, mixes, linears)
+        parts = None if self.key_norm is not None else plain_parts(self.shift, mixes, linears)
+        return parts and parts._replace(block='vrwkv_block', others=(self.spatial_decay, self.spatial_first))
 
     def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""

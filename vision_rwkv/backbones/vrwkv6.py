@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from vision_rwkv.backbones._checks import check_choice, check_int
 from vision_rwkv.backbones.base import Backbone
 from vision_rwkv.backbones.initial import depth_ratios, full_ramp, parameter, ramp, zigzag
-from vision_rwkv.backbones.shift import Shift, apply_norm, is_plain
-from vision_rwkv.ops import Norm, log_decay, norm_gate, q_shift, wkv6
+from vision_rwkv.backbones.shift import PlainParts, Shift, apply_norm, is_plain, is_watched
+from vision_rwkv.ops import Norm, dynamic_linear, gated_wkv6, log_decay, norm_gate, q_shift, wkv6
 
 HEAD_SIZE = 64
 MIX_RANK = 32  # of each of the five data-dependent mixes
@@ -61,23 +61,37 @@ class SpatialMix6(nn.Module):
         self.time_maa_w1 = _small(dim, 5 * MIX_RANK)
         self.time_maa_w2 = _small(5, MIX_RANK, dim)
 
-    def _shift_and_mix(self, x: Tensor, hw: tuple[int, int], norm: Norm | None) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> the inputs of the decay, (B, T, C), and of key, value, receptance and gate, (4, B, T, C)."""
+    def _mixes(self) -> list[Tensor]:
+        return [
+            self.time_maa_x,
+            self.time_maa_w,
+            self.time_maa_k,
+            self.time_maa_v,
+            self.time_maa_r,
+            self.time_maa_g,
+        ]
+
+    def _ranks(self) -> list[Tensor]:
+        return [self.time_maa_w1, self.time_maa_w2, self.time_decay_w1, self.time_decay_w2]
+
+    def _inputs(self, x: Tensor, hw: tuple[int, int], norm: Norm | None) -> list[Tensor]:
+        """Keys, values, receptances, gates, and the decays without their base; all (B, T, C)."""
+        linears = (self.key, self.value, self.receptance, self.gate)
         if not self.shift.pixels:
             x = apply_norm(norm, x)
-            return x, x.expand(4, -1, -1, -1)
+            return [*(linear(x) for linear in linears), self._decay(x)]
+        if is_plain(*linears):
+            maps = [linear.weight for linear in linears]
+            return dynamic_linear(x, self._mixes(), self._ranks(), maps, hw, *self.shift, norm=norm)
         norm = None if norm is None else norm.measured(x)
-        maa = (self.time_maa_x, self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        first, *mixes = (1 - torch.cat(maa)).unbind()
+        first, *mixes = (1 - torch.cat(self._mixes())).unbind()
         z = torch.tanh(q_shift(x, [first], hw, *self.shift, norm=norm)[0] @ self.time_maa_w1)
         delta = torch.bmm(z.view(-1, 5, MIX_RANK).transpose(0, 1), self.time_maa_w2).view(5, *x.shape)
-        mixed = q_shift(x, mixes, hw, *self.shift, norm=norm, delta=delta)
-        x_w, others = mixed.split([1, 4])
-        return x_w[0], others
+        x_w, *others = q_shift(x, mixes, hw, *self.shift, norm=norm, delta=delta).unbind()
+        return [*(linear(part) for linear, part in zip(linears, others, strict=True)), self._decay(x_w)]
 
-    def _log_decay(self, x_w: Tensor) -> Tensor:
-        """-exp(raw), (B, T, C), in float32 at least."""
-        return log_decay(torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2, self.time_decay)
+    def _decay(self, x_w: Tensor) -> Tensor:
+        return torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
 
     def _wkv6(self, r: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         """wkv6 of the heads: all (B, T, C)."""
@@ -88,20 +102,24 @@ class SpatialMix6(nn.Module):
         with torch.autocast(r.device.type, enabled=False):
             return wkv6(r.float(), k.float(), v.float(), w, self.time_faaaa).flatten(2)
 
-    def plain_parts(self) -> None:
-        """None: there is no operator for whole blocks of this version."""
+    def plain_parts(self) -> PlainParts | None:
+        """What `forward` computes with, unless something in it is out of the ordinary."""
+        linears = (self.key, self.value, self.receptance, self.gate, self.output)
+        if self.key_norm is not None or not self.shift.pixels or not is_plain(*linears) or is_watched(self.ln_x):
+            return None
+        if torch.compiler.is_compiling():
+            return None
+        head_norm = (self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        others = (self._ranks(), self.time_decay, self.time_faaaa, *head_norm)
+        return PlainParts(self._mixes(), [linear.weight for linear in linears], 'vrwkv6_block', others)
 
     def forward(self, x: Tensor, hw: tuple[int, int], norm: Norm | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C); ``norm``: a layer norm of x to apply first."""
-        x_w, inputs = self._shift_and_mix(x, hw, norm)
-        linears = (self.key, self.value, self.receptance, self.gate)
-        if is_plain(*linears):
-            weights = torch.stack([linear.weight for linear in linears])  # one product for all four
-            outputs = torch.bmm(inputs.flatten(1, 2), weights.transpose(1, 2))
-            k, v, r, gate = outputs.view(4, *x.shape).unbind()
-        else:
-            k, v, r, gate = (linear(part) for linear, part in zip(linears, inputs, strict=True))
-        y = self._wkv6(r, k, v, self._log_decay(x_w))
+        k, v, r, gate, raw = self._inputs(x, hw, norm)
+        if k.is_cuda and not torch.is_grad_enabled() and self.key_norm is None and not is_watched(self.ln_x):
+            head_norm = (self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+            return self.output(gated_wkv6(r, k, v, raw, self.time_decay, self.time_faaaa, gate, *head_norm))
+        y = self._wkv6(r, k, v, log_decay(raw, self.time_decay))
         if self.key_norm is not None:
             y = self.key_norm(y.to(self.key_norm.weight.dtype))
         return self.output(self.ln_x(y, gate))

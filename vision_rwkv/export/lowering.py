@@ -40,6 +40,18 @@ def _mix_linear(x, mixes, maps, weight, bias, stats, eps, height, width, pixels,
     return [F.linear(part, weights) for part, weights in zip(mixed, maps, strict=True)]
 
 
+def _dynamic_linear(x, mixes, ranks, maps, weight, bias, stats, eps, height, width, pixels, gamma, heads, dtype):
+    if weight is not None:
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    first, *others = (mix.view(-1) for mix in mixes)
+    apart = _moved(x, Place(height, width, pixels, gamma, heads)) - x
+    z = torch.tanh((x + apart * first) @ ranks[0]).chunk(len(others), -1)
+    deltas = [part @ up for part, up in zip(z, ranks[1].unbind(), strict=True)]
+    x_w, *inputs = [(x + apart * (mix + delta)).to(dtype) for mix, delta in zip(others, deltas, strict=True)]
+    outputs = [F.linear(part, weights) for part, weights in zip(inputs, maps, strict=True)]
+    return [*outputs, torch.tanh(x_w @ ranks[2]) @ ranks[3]]
+
+
 def _gate(r: Tensor, y: Tensor) -> Tensor:
     return torch.sigmoid(r) * y
 
@@ -89,6 +101,7 @@ POINTWISE: dict[Any, Callable] = {
     _OPS.norm_stats.default: _norm_stats,
     _OPS.q_shift.default: _q_shift,
     _OPS.mix_linear.default: _mix_linear,
+    _OPS.dynamic_linear.default: _dynamic_linear,
     _OPS.gate.default: _gate,
     _OPS.gated_linear.default: lambda r, y, map: F.linear(_gate(r, y), map),
     _OPS.squared_relu.default: _squared_relu,

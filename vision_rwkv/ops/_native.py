@@ -4,7 +4,6 @@ The schemas are defined in Python (bi_wkv.py, wkv6.py) together with a PyTorch k
 library adds kernels for CPU and CUDA, which the dispatcher then prefers, and the gradients for every device.
 """
 
-import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -32,6 +31,7 @@ def _load() -> str | None:
 
 
 _problem = _load()
+_has_block = hasattr(torch.ops.vision_rwkv, 'vrwkv_block_kept')  # an older library has another vrwkv_block
 
 
 def implementation(device: torch.device | str = 'cpu') -> str:
@@ -43,10 +43,9 @@ def implementation(device: torch.device | str = 'cpu') -> str:
     return 'pytorch'
 
 
-@functools.cache
 def has_block() -> bool:
     """Whether there is `vrwkv_block`, which exists in native code alone (kernels/block)."""
-    return hasattr(torch.ops.vision_rwkv, 'vrwkv_block')
+    return _has_block
 
 
 def warn_fallback(device: torch.device) -> None:

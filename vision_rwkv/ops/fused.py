@@ -274,6 +274,39 @@ def residual(
     return torch.ops.vision_rwkv.residual(x, z, gate, weight, bias, gamma, scale, eps, stats_eps)
 
 
+def norm_tokens(
+    z: Tensor, norm: Norm, position: Tensor | None = None, stats_eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """A layer norm of z + position, z (B, T, C), position (1, T, C); without gradients, as in inference.
+
+    norm: its statistics are not used. stats_eps: as in `residual`, of the result.
+
+    Returns:
+        The result in float32 at least under autocast, as PyTorch's layer norm, else in the dtype of z; its statistics.
+
+    Raises:
+        RuntimeError: gradients are asked for.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (z, position, *norm[:2])):
+        raise RuntimeError('norm_tokens has no gradient: use torch.nn.functional.layer_norm, or torch.no_grad()')
+    wide = z.device.type != 'meta' and torch.is_autocast_enabled(z.device.type)
+    dtype = _checks.compute_dtype(z) if wide else z.dtype
+    return torch.ops.vision_rwkv.norm_tokens(z, position, norm.weight, norm.bias, norm.eps, stats_eps, dtype)
+
+
+def patches(x: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) -> the patches of a grid, row by row, (B, H / side * W / side, C * side * side), without gradients.
+
+    In autocast's dtype under autocast, else in that of x.
+
+    Raises:
+        RuntimeError: gradients are asked for.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise RuntimeError('patches has no gradient: order the pixels by unflatten and permute, or use torch.no_grad()')
+    return torch.ops.vision_rwkv.patches(x, side, _checks.autocast_dtype(x))
+
+
 def log_decay(raw: Tensor, base: Tensor) -> Tensor:
     """-exp(base + raw), raw (B, T, C), base of C values; in float32 at least: rounding would add up over the tokens."""
     return torch.ops.vision_rwkv.log_decay(raw, base)

@@ -258,3 +258,43 @@ _register(
     lambda g, y, gate, weight, bias, heads, eps: _like(y, gate, weight, bias),
 )
 _native.register_autograd('norm_gate', _norm_gate_grad, _save_norm_gate)
+
+
+# norm_tokens: a layer norm of z + position, and the statistics of the result; for inference ---------------------------
+
+
+def _norm_tokens(z, position, weight, bias, eps, stats_eps, dtype):
+    (x,) = _wide(z)
+    x = x if position is None else x + position.to(x.dtype)
+    out = torch.native_layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)[0].to(dtype)
+    return out, out.new_empty(0) if stats_eps is None else torch.ops.vision_rwkv.norm_stats(out, stats_eps)
+
+
+def _norm_tokens_fake(z, position, weight, bias, eps, stats_eps, dtype):
+    out = z.new_empty(z.shape, dtype=dtype)
+    return _residual_fake(out, out, None, None, None, None, None, eps, stats_eps)
+
+
+_register(
+    'norm_tokens',
+    '(Tensor z, Tensor? position, Tensor weight, Tensor bias, float eps, float? stats_eps, ScalarType dtype) '
+    '-> (Tensor, Tensor)',
+    _norm_tokens,
+    _norm_tokens_fake,
+)
+
+
+# patches: images in the order in which a linear map takes their patches, in another dtype; no gradient ----------------
+
+
+def _patches(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, channels, side, side)
+    return x.to(dtype, memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+
+
+def _patches_fake(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    batch, channels, height, width = x.shape
+    return x.new_empty((batch, (height // side) * (width // side), channels * side * side), dtype=dtype)
+
+
+_register('patches', '(Tensor x, int side, ScalarType dtype) -> Tensor', _patches, _patches_fake)

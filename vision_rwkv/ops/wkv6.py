@@ -6,11 +6,17 @@ from torch import Tensor
 from vision_rwkv.ops import _checks, _native, fallback
 
 _NAME = f'{_native.NAMESPACE}::wkv6'
+_GATED = f'{_native.NAMESPACE}::gated_wkv6'
 
 torch.library.define(_NAME, '(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u) -> Tensor')
 torch.library.define(
     f'{_NAME}_backward',
     '(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor gy) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
+torch.library.define(
+    _GATED,
+    '(Tensor r, Tensor k, Tensor v, Tensor raw, Tensor base, Tensor u, Tensor gate, Tensor weight, Tensor bias, '
+    'float eps) -> Tensor',
 )
 
 
@@ -35,6 +41,20 @@ def _forward_fake(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tens
 @torch.library.register_fake(f'{_NAME}_backward')
 def _backward_fake(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, gy: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u))
+
+
+@torch.library.impl(_GATED, 'CompositeExplicitAutograd')
+def _gated(r, k, v, raw, base, u, gate, weight, bias, eps):
+    ops, heads = torch.ops.vision_rwkv, u.shape[0]
+    # The sum over the tokens is not bounded, and float16 ends at 65504; the norm that follows takes any size.
+    inner = torch.float32 if r.dtype == torch.float16 else r.dtype
+    r, k, v, w = (x.unflatten(-1, (heads, -1)) for x in (*(x.to(inner) for x in (r, k, v)), ops.log_decay(raw, base)))
+    return ops.norm_gate(ops.wkv6(r, k, v, w, u).flatten(2), gate, weight, bias, heads, eps, gate.dtype)
+
+
+@torch.library.register_fake(_GATED)
+def _gated_fake(r, k, v, raw, base, u, gate, weight, bias, eps):
+    return gate.new_empty(gate.shape)
 
 
 def _save(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -75,3 +95,27 @@ def wkv6(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
     r, k, v = _checks.autocast(r, k, v)
     _checks.check_dtypes('wkv6', r=r, k=k, v=v)
     return torch.ops.vision_rwkv.wkv6(r, k, v, w, u)
+
+
+def gated_wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    raw: Tensor,
+    base: Tensor,
+    u: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """norm_gate(wkv6(r, k, v, log_decay(raw, base), u), gate, weight, bias, heads, eps), for inference.
+
+    r, k, v, raw, gate and the result (B, T, C), of one dtype; base, weight, bias of C values; u (H, N), C = H N.
+
+    Raises:
+        RuntimeError: gradients are asked for; see `wkv6`, `log_decay` and `norm_gate`.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (r, k, v, raw, base, u, gate, weight, bias)):
+        raise RuntimeError('gated_wkv6 has no gradient: use wkv6, log_decay and norm_gate, or torch.no_grad()')
+    return torch.ops.vision_rwkv.gated_wkv6(r, k, v, raw, base, u, gate, weight, bias, eps)

@@ -1,7 +1,22 @@
 """Scenes of handwritten digits (tools/make_digits.py --kind segmentation), 160 pixels a side, in ADE20K's layout."""
 
 data_root = 'data/digits_segmentation'
-metainfo = dict(classes=('background', *'0123456789'))
+metainfo = dict(
+    classes=('background', *'0123456789'),
+    palette=[
+        [0, 0, 0],
+        [31, 119, 180],
+        [255, 127, 14],
+        [44, 160, 44],
+        [214, 39, 40],
+        [148, 103, 189],
+        [140, 86, 75],
+        [227, 119, 194],
+        [240, 240, 240],
+        [188, 189, 34],
+        [23, 190, 207],
+    ],
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),

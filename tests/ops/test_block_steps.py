@@ -1,0 +1,175 @@
+"""The operators of a block, and the steps of its passes, beside their definitions; registration."""
+
+import pytest
+import torch
+from fused_cases import EPS, SIZES, Size, _mixed, _normalised
+from op_cases import DEVICES, error
+
+from vision_rwkv import ops
+from vision_rwkv.ops._native import has_block
+
+NATIVE = pytest.mark.skipif(not has_block(), reason='no native code')
+STEP_SIZES = [name for name in SIZES if name != 'heads'] + ['small', 'large']
+MORE_SIZES = {'small': Size(2, (7, 7), 1, 384), 'large': Size(1, (3, 5), 0, 1024)}
+# Tokens, gradients or branches, and the bound of the relative L2 error.
+PAIRS = [
+    (torch.float64, torch.float64, 1e-10),
+    (torch.float32, torch.float32, 1e-5),
+    (torch.float32, torch.bfloat16, 1e-2),
+    (torch.float32, torch.float16, 2e-3),
+    (torch.bfloat16, torch.bfloat16, 1e-2),
+    (torch.float16, torch.float16, 2e-3),
+]
+
+
+def operator(name: str):
+    return getattr(torch.ops.vision_rwkv, name)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@NATIVE
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('dtype', 'half', 'bound'), PAIRS)
+@pytest.mark.parametrize('name', STEP_SIZES)
+@pytest.mark.parametrize(('count', 'with_norm'), [(2, True), (3, True), (3, False)])
+def test_q_shift_residual_backward(name, count, with_norm, dtype, half, bound, device):
+    size = {**SIZES, **MORE_SIZES}[name]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, total = (1 + normal(*size.shape)).to(dtype), normal(*size.shape, seed=1).to(dtype)
+    g = normal(count, *size.shape, seed=2).to(half)
+    mixes = [normal(size.channels, seed=3 + i).to(wide) for i in range(count)]
+    norm = [normal(size.channels, seed=6 + i).to(wide) for i in range(2)] if with_norm else []
+    scale = torch.linspace(0, 2, size.batch, dtype=wide)
+    exact = [t.double().requires_grad_() for t in (x, *mixes, *norm)]
+    n = _normalised(exact[0], *exact[1 + count :]) if with_norm else exact[0]
+    gx, *gparameters = torch.autograd.grad(_mixed(n, exact[1 : 1 + count], size), exact, g.double())
+    want = gx + total.double()
+    branch = want * scale.double().view(-1, 1, 1)
+
+    on = lambda t: t.to(device)  # noqa: E731
+    stats = operator('norm_stats')(on(x), EPS) if with_norm else None
+    arguments = [on(g), on(x), [*map(on, mixes)], *(map(on, norm) if with_norm else (None, None)), stats, *size.hw]
+    arguments += [size.pixels, size.gamma, on(total), on(scale), half]
+    got, got_branch, columns = operator('q_shift_residual_backward')(*arguments)
+    assert got.dtype == dtype and got_branch.dtype == half and columns.shape == (len(gparameters), size.channels)
+    if not size.batch:
+        return
+    assert error(got.cpu(), want) <= bound and error(got_branch.cpu(), branch) <= bound
+    for column, parameter in zip(columns.cpu(), gparameters, strict=True):
+        assert error(column, parameter.view(-1)) <= bound
+    again = operator('q_shift_residual_backward')(*arguments)
+    assert all(map(torch.equal, (got, got_branch, columns), again))
+    assert operator('q_shift_residual_backward')(*arguments[:-1], None)[1].numel() == 0
+
+
+@NATIVE
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('dtype', 'half', 'bound'), [pair for pair in PAIRS if pair[0] == pair[1]])
+@pytest.mark.parametrize('shape', [(2, 13, 24), (1, 1, 7), (0, 3, 8)])
+def test_value_by_value(shape, dtype, half, bound, device):
+    g, r, y = (normal(*shape, seed=i).to(dtype) for i in range(3))
+    exact_r, exact_y = r.double().requires_grad_(), y.double().requires_grad_()
+    gated = torch.sigmoid(exact_r) * exact_y
+    want = torch.autograd.grad(gated, (exact_r, exact_y), g.double())
+    got = operator('gated_backward')(*(t.to(device) for t in (g, r, gated.detach().to(dtype))))
+    assert all(error(a.cpu(), b) <= bound for a, b in zip(got, want, strict=True))
+
+    exact_y = y.double().requires_grad_()
+    square = torch.relu(exact_y).square()
+    (want,) = torch.autograd.grad(square, exact_y, g.double())
+    gradient = g.to(device, copy=True)
+    got = operator('squared_relu_backward_')(gradient, y.to(device))
+    assert error(got.cpu(), square.detach()) <= bound and error(gradient.cpu(), want) <= bound
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('dtype', 'half', 'bound'), PAIRS)
+@pytest.mark.parametrize('name', ['odd', 'tiny', 'wide', 'small', 'large', 'empty'])
+def test_norm_tokens(name, dtype, half, bound, device):
+    size = {**SIZES, **MORE_SIZES}[name]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    z, position = normal(*size.shape).to(half), normal(1, *size.shape[1:], seed=1).to(wide)
+    weight, bias = (normal(size.channels, seed=i).to(wide) for i in (2, 3))
+    norm = ops.Norm(weight.to(device), bias.to(device), EPS)
+    for added in (position, None):
+        want = _normalised(z.double() + (0 if added is None else added.double()), weight.double(), bias.double())
+        given = z.to(device), None if added is None else added.to(device), norm.weight, norm.bias
+        got, stats = operator('norm_tokens')(*given, EPS, 1e-3, dtype)
+        assert got.dtype == dtype and got.shape == z.shape and stats.shape == (*z.shape[:2], 2)
+        if size.batch:
+            assert error(got.cpu(), want) <= bound
+            deviation = (want.var(-1, correction=0) + 1e-3).rsqrt()
+            assert error(stats.cpu(), torch.stack([want.mean(-1), deviation], -1)) <= bound
+    with torch.autocast(device, torch.bfloat16):
+        assert ops.norm_tokens(z.to(device), norm)[0].dtype == wide
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('dtype', 'half', 'bound'), PAIRS)
+@pytest.mark.parametrize('shape', [(2, 3, 64, 48, 16), (3, 1, 20, 12, 4), (1, 2, 28, 14, 14), (0, 3, 16, 16, 8)])
+def test_patches(shape, dtype, half, bound, device):
+    *shape, side = shape
+    x = normal(*shape).to(dtype)
+    parts = [part.flatten() for image in x for row in image.split(side, -2) for part in row.split(side, -1)]
+    got = operator('patches')(x.to(device), side, half).cpu()
+    want = torch.stack(parts) if parts else x.new_empty(0, shape[1] * side * side)
+    assert got.shape == (shape[0], shape[2] // side * (shape[3] // side), shape[1] * side * side)
+    assert torch.equal(got.flatten(0, 1), want.to(half))
+
+
+def block_arguments(dtype: torch.dtype, device: str, post_norm: bool) -> list:
+    """Of a block of 48 channels on 3 x 4 tokens; with post_norm also layer scale and drop path."""
+    c = 48
+    parameter = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)  # noqa: E731
+    maps = [parameter(*shape) for shape in (*[(c, c)] * 4, (2 * c, c), (c, c), (c, 2 * c))]
+    x = torch.randn(2, 12, c, device=device, requires_grad=True)
+    scales = [torch.rand(2, 1, 1, device=device) for _ in range(2)] if post_norm else [None] * 2
+    gammas = [parameter(c), parameter(c)] if post_norm else [None] * 2
+    stats = None if post_norm else operator('norm_stats')(x.detach(), 1e-5)
+    norms, mixes = [parameter(c) for _ in range(4)], [parameter(1, 1, c) for _ in range(5)]
+    how = [3, 4, 1, 0.25, dtype]
+    eps = [1e-5, 1e-5, None if post_norm else 1e-5, post_norm]
+    return [x, stats, norms, *eps, mixes, maps, parameter(c), parameter(c), *gammas, *scales, *how]
+
+
+@NATIVE
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('post_norm', [False, True])
+def test_opcheck_of_a_block(post_norm, dtype, device):
+    torch.manual_seed(0)
+    arguments = block_arguments(dtype, device, post_norm)
+    torch.library.opcheck(operator('vrwkv_block').default, arguments)
+    detach = lambda a: a.detach() if isinstance(a, torch.Tensor) else [*map(detach, a)] if isinstance(a, list) else a  # noqa: E731
+    arguments = [*map(detach, arguments)]
+    names = ['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic']
+    torch.library.opcheck(operator('vrwkv_block_kept').default, arguments, test_utils=names)
+    out, _, *kept = operator('vrwkv_block_kept')(*arguments)
+    torch.library.opcheck(operator('vrwkv_block_backward').default, [out, *arguments, kept], test_utils=names)
+
+
+def test_inference_alone():
+    norm = ops.Norm(torch.ones(8), torch.zeros(8), EPS)
+    with pytest.raises(RuntimeError, match='norm_tokens has no gradient'):
+        ops.norm_tokens(torch.zeros(1, 2, 8, requires_grad=True), norm)
+    with pytest.raises(RuntimeError, match='patches has no gradient'):
+        ops.patches(torch.zeros(1, 3, 8, 8, requires_grad=True), 8)
+
+
+@NATIVE
+def test_a_block_has_no_second_derivative():
+    x, *others = block_arguments(torch.float32, 'cpu', False)
+    (grad,) = torch.autograd.grad(operator('vrwkv_block')(x, *others)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='vrwkv_block has no second derivative'):
+        grad.sum().backward()
+
+
+@NATIVE
+def test_messages():
+    arguments = block_arguments(torch.float32, 'cpu', False)
+    arguments[2] = arguments[2][:3]
+    with pytest.raises(RuntimeError, match='expected 4 tensors of norms, 5 mixes and 7 maps, got 3, 5 and 7'):
+        operator('vrwkv_block')(*arguments)
