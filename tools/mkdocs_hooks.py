@@ -22,7 +22,7 @@ PAGES = {
     'changelog.md': 'CHANGELOG.md',
     **{
         f'operators/{name}.md': f'kernels/{name}/README.md'
-        for name in ('bi_wkv', 'wkv6', 'q_shift', 'pointwise', 'fused', 'block', 'autograd')
+        for name in ('bi_wkv', 'wkv6', 'q_shift', 'pointwise', 'fused', 'dynamic_mix', 'block', 'autograd')
     },
 }
 FENCED = re.compile(r'^(```.*?^```)$', re.MULTILINE | re.DOTALL)

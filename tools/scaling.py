@@ -61,11 +61,11 @@ def layer_of(model: nn.Module) -> Layer:
     stats = 0 if block.post_norm else 2 * 4 / model.embed_dims  # of both norms: two float32 numbers a token each
     if isinstance(model, VRWKV6):
         states = 4 * (ceil_div(tokens, CHUNK) - 1) * CHUNK / tokens  # between chunks: 64 x 64 a head, both directions
-        kept, products = 29 + thin + stats, (31 + 3 * thin, 69 + 6 * thin)
-        layer = Layer(kept, 10, 16 + states, (16, 10), (76, 171), products, 14 + 2 * thin, 30)
+        products = 25 + thin, 69 + 6 * thin
+        layer = Layer(18 + stats, 10, 10 + states, (28, 0), (65, 171), products, 14 + 2 * thin, 22)
     else:
         again = 2 if tokens > TILE else 0  # keys and values are read twice, three times in the backward pass
-        layer = Layer(14 + stats, 10, 17, (26, 0), (32 + again, 79 + 3 * again), (20, 40), 13, 14)
+        layer = Layer(14 + stats, 10, 12, (26, 0), (32 + again, 79 + 3 * again), (20, 40), 13, 14)
     if block.post_norm:  # a norm of each branch: the first one's input is kept, and read again
         layer = layer._replace(kept=layer.kept + 1, passes=(layer.passes[0], layer.passes[1] + 1))
     if block.ffn.key_norm is not None:  # of y, and of the hidden keys, in float32 under autocast

@@ -103,6 +103,9 @@ def wkv6_bounds(case: Case, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tenso
     r, k, v, u, g = (x.abs() for x in (r, k, v, u, gy))
     y, sizes = gradients(DEFINITIONS['wkv6'], {'r': r, 'k': k, 'v': v, 'w': w, 'u': u}, g)
     # Everything, as if nothing decayed; what a product of two small numbers loses, the third factor may make large.
+    # So may r k the product v g in the gradient of u, over which nothing decays.
+    least = torch.finfo(compute).smallest_normal * torch.finfo(compute).eps
+    underflow = r.shape[-1] * least * (r * k).sum((0, 1))
     r, k, v, g = (x + 2.0**-14 for x in (r, k, v, g))
     kv, rg = (torch.einsum('bthn,bthm->bhnm', *x) for x in ((k, v), (r, g)))
     over = 'bthn,bhnm->bthm'
@@ -110,7 +113,8 @@ def wkv6_bounds(case: Case, r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tenso
     gr, gk = torch.einsum(over, g, back[0]), torch.einsum(over, v, back[1])
     gv, gw = torch.einsum(over, k, rg), (r * gr).sum(1, keepdim=True)
     lost = [torch.einsum(over, r, kv), gr, gk, gv, gw, torch.zeros_like(u)]
-    return [share * x + LOST_DECAY[compute] * tokens * z for x, z in zip([y, *sizes], lost, strict=True)]
+    *bounds, gu = [share * x + LOST_DECAY[compute] * tokens * z for x, z in zip([y, *sizes], lost, strict=True)]
+    return [*bounds, gu + underflow]
 
 
 BOUNDS = {'bi_wkv': bi_wkv_bounds, 'wkv6': wkv6_bounds}
