@@ -50,10 +50,9 @@ __device__ inline void begin_alone(const Problem& p, LoadChannel load_channel, S
     load_channel();
 }
 
-// All of the block's tiles; begin(load_channel, start_copies) has to call the first, and the other for each stage, at
-// its time. exact(number, lanes, phase) leaves
-// the sums of some lanes of a tile, or does them at last (kDone). It is called outside of the loop over the tiles, and
-// nothing stays in registers meanwhile: they would be spilled in that loop.
+// All of the block's tiles; begin(load_channel, start_copies) has to call the first once, the other for each stage.
+// exact(number, lanes, phase) leaves the sums of some lanes of a tile, or does them at last (kDone). It is called
+// outside of the loop over the tiles, and nothing stays in registers meanwhile: they would be spilled in that loop.
 template <typename T, int kTensors, bool kBackwards, typename Begin, typename Fast, typename Exact>
 __device__ inline void for_each_tile(const Problem& p, Begin begin, Fast fast, Exact exact) {
     if constexpr (kExactOnly<T>) {
