@@ -42,9 +42,8 @@ def made(attack: dict):
     tokens, scale = case.tokens.split(), SCALES[attack['scale']]
     if attack['name'] == 'log_decay' and 'float16' in attack['precision']:
         scale = min(scale, 1.0)  # exp of more is past float16
-    inputs = {
-        x: laid_out(t * scale, attack['layout']) if x in tokens and t.dim() == 3 else t for x, t in case.inputs.items()
-    }
+    is_tokens = {x: x in tokens and t.shape == attack['size'].shape for x, t in case.inputs.items()}  # and no weights
+    inputs = {x: laid_out(t * scale, attack['layout']) if is_tokens[x] else t for x, t in case.inputs.items()}
     return case._replace(inputs=inputs)
 
 
