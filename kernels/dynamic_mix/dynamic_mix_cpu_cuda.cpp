@@ -31,7 +31,7 @@ void check_counts(at::TensorList mixes, at::TensorList ranks) {
 // it.
 Tensor wide_product(const Tensor& x, const Tensor& y) {
     const bool half = x.element_size() == 2, two = x.dim() == 2;
-    if (half && x.is_cuda()) return two ? at::mm(x, y, at::kFloat) : at::bmm(x, y, at::kFloat);
+    if (half && x.is_cuda() && x.numel() > 0) return two ? at::mm(x, y, at::kFloat) : at::bmm(x, y, at::kFloat);
     const Tensor a = half ? x.to(at::kFloat) : x, b = half ? y.to(at::kFloat) : y;
     Tensor out = at::empty({0}, a.options());
     return two ? at::mm_out(out, a, b) : at::bmm_out(out, a, b);
