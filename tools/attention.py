@@ -26,6 +26,7 @@ from tools.cli import UserError, check_file, read_config, run  # noqa: E402
 from tools.files import png, whole_file  # noqa: E402
 from tools.inference import ImageParser, as_tested, build_backbone, pick_device, read_image, to_input  # noqa: E402
 from vision_rwkv.backbones.base import Backbone  # noqa: E402
+from vision_rwkv.backbones.blocks import Block  # noqa: E402
 from vision_rwkv.checkpoints import load  # noqa: E402
 
 COLUMNS = 5
@@ -81,10 +82,16 @@ def token_weights(backbone: Backbone, x: Tensor, token: tuple[int, int] | None) 
     x (1, 3, H, W). A class token's weight is left out. Raises UserError for a token outside the map.
     """
     grids: list[tuple[int, int]] = []
-    handle = backbone.patch_embed.register_forward_hook(lambda module, inputs, output: grids.append(output[1]))
-    with Recorder() as recorder:
+    handles = [backbone.patch_embed.register_forward_hook(lambda module, inputs, output: grids.append(output[1]))]
+    # A block calls its modules if one of them has a hook, and the two operators where there may be a gradient: else both
+    # are part of larger operators.
+    handles += [
+        block.att.register_forward_hook(lambda *_: None) for block in backbone.modules() if isinstance(block, Block)
+    ]
+    with Recorder() as recorder, torch.enable_grad():
         backbone(x)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     (h, w) = grids[0]
     row, column = token or (h // 2, w // 2)
     if not (0 <= row < h and 0 <= column < w):
