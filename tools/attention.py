@@ -83,8 +83,8 @@ def token_weights(backbone: Backbone, x: Tensor, token: tuple[int, int] | None) 
     """
     grids: list[tuple[int, int]] = []
     handles = [backbone.patch_embed.register_forward_hook(lambda module, inputs, output: grids.append(output[1]))]
-    # A block calls its modules if one of them has a hook, and the two operators where there may be a gradient: otherwise
-    # both are part of larger operators.
+    # A block calls its modules if one of them has a hook, and the two operators where there may be a gradient.
+    # Otherwise both are part of larger operators.
     handles += [
         block.att.register_forward_hook(lambda *_: None) for block in backbone.modules() if isinstance(block, Block)
     ]
