@@ -2,6 +2,8 @@
 
 import errno
 import re
+import traceback
+from multiprocessing import resource_sharer
 
 import torch
 
@@ -20,6 +22,14 @@ def lost_another(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and bool(PEERS.search(str(error).partition('\n')[0]))
 
 
+def lost_worker(error: Exception) -> bool:
+    """Whether a data-loading worker ended while it handed over a batch, and PyTorch took it to be alive still."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, (OSError, EOFError)) and any(
+        frame.f_code.co_filename == resource_sharer.__file__ for frame, _ in frames
+    )
+
+
 def explain(error: Exception) -> str | None:
     """What happened, in a line; None for an error that may be one of the code, whose stack is worth reading."""
     first, last = str(error).partition('\n')[0], str(error).strip().rpartition('\n')[2]
@@ -31,7 +41,9 @@ def explain(error: Exception) -> str | None:
         return f'cannot write {error.filename or "to the work dir"}: {error.strerror}'
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or MEMORY.search(first):
         return f'out of memory: {first}; a smaller train_dataloader.batch_size takes less'
-    if re.match(r'DataLoader worker .*(killed|exited)', first):
+    if lost_worker(error):
+        first = f'DataLoader worker ended while it handed over a batch: {first}'
+    if lost_worker(error) or re.match(r'DataLoader worker .*(killed|exited)', first):
         return f'{first}; a worker that takes too much memory is killed: fewer train_dataloader.num_workers take less'
     if lost_another(error):
         return f'another process ended, or did not answer in env_cfg.dist_cfg.timeout: {first}'

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import pytest
@@ -166,9 +167,17 @@ def test_a_worker_that_is_killed(tmp_path):
     # In a process of its own: PyTorch raises again whenever another child of the process that had the worker ends.
     code = f'import test_failures; test_failures.run_with_killed_worker({str(tmp_path)!r})'
     said = call('python', '-c', code, cwd=Path(__file__).parent, PYTHONPATH=ROOT).stdout
-    assert re.match(
-        r'epoch 1, iteration \d: DataLoader worker \(pid.* \d+\) .*fewer train_dataloader\.num_workers', said
-    )
+    which = r'(\(pid.* \d+\)|ended while it handed over a batch)'
+    assert re.match(rf'epoch 1, iteration \d: DataLoader worker {which}.*fewer train_dataloader\.num_workers', said)
+
+
+def test_a_worker_that_ends_while_it_hands_over_a_batch():
+    handle = resource_sharer.DupFd(0)
+    handle._id = ('nowhere', 0)
+    with pytest.raises(OSError) as caught:
+        handle.detach()
+    assert re.match(r'DataLoader worker ended while it handed over a batch: .*fewer', explain(caught.value))
+    assert explain(ConnectionResetError('elsewhere')) is None
 
 
 def test_a_model_that_takes_too_much_memory(tmp_path):
