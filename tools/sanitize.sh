@@ -12,7 +12,7 @@ if [ "$2" = cuda ]; then
     logs=build/sanitize/cuda
     mkdir -p $logs
     check() { # tool, options of pytest; only PyTorch's kernels say for initcheck what has been written
-        local kernels=(--kernel-name 'regex=[0-9](bi_wkv|wkv6|q_shift|pointwise|rows)')
+        local kernels=(--kernel-name 'regex=[0-9](bi_wkv|wkv6|q_shift|pointwise|dynamic_mix|rows)')
         [ "$1" != initcheck ] || kernels=()
         compute-sanitizer --tool "$1" "${kernels[@]}" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider -m cuda "${@:2}"
     }
