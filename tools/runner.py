@@ -1,5 +1,6 @@
 """MMEngine's runner, safe to kill and resume, and usable without a GPU."""
 
+import gc
 import os
 import random
 import subprocess
@@ -73,6 +74,13 @@ class AverageBuffers(Hook):
 
     def before_val_epoch(self, runner) -> None:
         self.after_train_epoch(runner)
+
+
+def leave_group() -> None:
+    """End the process group, if there is one, and its threads."""
+    if torch.distributed.is_initialized():
+        gc.collect()  # the model of a runner, which refers to itself, holds the group
+        torch.distributed.destroy_process_group()  # a thread of Gloo's at work when Python ends would abort the process
 
 
 @contextmanager

@@ -6,11 +6,10 @@ from pathlib import Path
 if __name__ == '__main__':
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository, in place of this folder
 
-import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 
 from tools.cli import Parser, UserError, check_data, check_file, load_config, run  # noqa: E402
-from tools.runner import Runner  # noqa: E402
+from tools.runner import Runner, leave_group  # noqa: E402
 
 _METRICS = "the config's test_evaluator says what is computed (--cfg-options test_evaluator.KEY=VALUE)"
 _SHOW = "set the config's visualization hook: --cfg-options default_hooks.visualization.KEY=VALUE"
@@ -81,8 +80,7 @@ def main():
             {'type': DUMPS.get(cfg.default_scope, 'DumpResults'), 'out_file_path': args.out},
         ]
     Runner.from_cfg(cfg).test()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import torch  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 
 from tools.cli import Parser, UserError, check_amp, check_data, check_file, load_config, run  # noqa: E402
-from tools.runner import Runner  # noqa: E402
+from tools.runner import Runner, leave_group  # noqa: E402
 from tools.saving import latest_checkpoint  # noqa: E402
 
 _GPUS = 'use tools/dist_train.sh CONFIG GPUS (CUDA_VISIBLE_DEVICES chooses which)'
@@ -98,8 +98,7 @@ def main():
     if cfg.get('strategy'):
         from tools.sharded import ShardedRunner as runner
     runner.from_cfg(cfg).train()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == '__main__':

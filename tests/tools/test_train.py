@@ -26,6 +26,30 @@ def test_killed_and_resumed_equals_uninterrupted(trained, tiny):
     assert_same_runs(work_dir, trained.work_dir)
 
 
+def test_processes_end_with_no_thread_of_their_group(trained, tiny):
+    """One at work when Python ends aborts the process, now and then."""
+    (tiny / 'told_at_exit.py').write_text("""
+import atexit, os
+from pathlib import Path
+
+def tell():
+    names = [(task / 'comm').read_text().strip() for task in Path('/proc/self/task').iterdir()]
+    Path(f'threads_{os.environ["RANK"]}.txt').write_text(' '.join(names))
+
+atexit.register(tell)
+""")
+    imports = "custom_imports = dict(imports=['classification', 'told_at_exit'])"
+    (tiny / 'told.py').write_text(f"_base_ = 'tiny.py'\n{imports}\n")
+    work_dir = tiny / 'told'
+    train = (ROOT / 'tools/dist_train.sh', 'told.py', 2, '--work-dir', work_dir)
+    test = (ROOT / 'tools/dist_test.sh', 'told.py', trained.work_dir / 'best.pth', 2, '--work-dir', work_dir)
+    for command in (train, test):
+        call(*command, cwd=tiny, PYTHONPATH=tiny)
+        for said in (tiny / 'threads_0.txt', tiny / 'threads_1.txt'):
+            assert 'gloo' not in said.read_text()
+            said.unlink()
+
+
 def test_validation_that_was_cut_off_is_made_up_for(trained, tiny, tmp_path):
     checkpoint = torch.load(trained.work_dir / 'epoch_4.pth', weights_only=False)
     for key in ('best_score', 'best_ckpt'):
