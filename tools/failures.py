@@ -2,6 +2,7 @@
 
 import errno
 import re
+import time
 import traceback
 from multiprocessing import resource_sharer
 
@@ -30,9 +31,19 @@ def lost_worker(error: Exception) -> bool:
     )
 
 
+def _of_lost_worker(error: Exception) -> str:
+    """What PyTorch says when it hears of the worker's end: it raises that in the midst of whatever is done then."""
+    try:
+        time.sleep(1)
+    except RuntimeError as heard:
+        return str(heard)
+    return f'DataLoader worker ended while it handed over a batch: {error}'
+
+
 def explain(error: Exception) -> str | None:
     """What happened, in a line; None for an error that may be one of the code, whose stack is worth reading."""
-    first, last = str(error).partition('\n')[0], str(error).strip().rpartition('\n')[2]
+    said = _of_lost_worker(error) if lost_worker(error) else str(error)
+    first, last = said.partition('\n')[0], said.strip().rpartition('\n')[2]
     if isinstance(error, FloatingPointError):
         return first
     if isinstance(error, DataError):  # from a data-loading worker, its stack comes first
@@ -41,9 +52,7 @@ def explain(error: Exception) -> str | None:
         return f'cannot write {error.filename or "to the work dir"}: {error.strerror}'
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or MEMORY.search(first):
         return f'out of memory: {first}; a smaller train_dataloader.batch_size takes less'
-    if lost_worker(error):
-        first = f'DataLoader worker ended while it handed over a batch: {first}'
-    if lost_worker(error) or re.match(r'DataLoader worker .*(killed|exited)', first):
+    if re.match(r'DataLoader worker .*(killed|exited|ended)', first):
         return f'{first}; a worker that takes too much memory is killed: fewer train_dataloader.num_workers take less'
     if lost_another(error):
         return f'another process ended, or did not answer in env_cfg.dist_cfg.timeout: {first}'
