@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 
-import hypothesis
 import pytest
+from hypothesis import HealthCheck, seed, settings
+
+FEW = 150
 
 
 def pytest_addoption(parser):
@@ -17,7 +19,21 @@ def attack_count(request) -> int:
 
 
 @pytest.fixture
-def seeded(request) -> Callable[[Callable], Callable]:
-    """Gives a test of hypothesis the cases of --attack-seed: so several processes share a large number of them."""
-    seed = request.config.getoption('--attack-seed')
-    return (lambda test: test) if seed is None else hypothesis.seed(seed)
+def attacking(request, attack_count) -> Callable[[float], Callable]:
+    """attacking(share) gives a test of hypothesis its share of the cases, and those of --attack-seed.
+
+    Several processes, each with a seed, share a large number of cases.
+    """
+    number = request.config.getoption('--attack-seed')
+
+    def with_share(share: float) -> Callable:
+        chosen = settings(
+            max_examples=round(attack_count * share) if attack_count else FEW,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        return lambda test: chosen(test if number is None else seed(number)(test))
+
+    return with_share

@@ -7,13 +7,12 @@ import pytest
 import torch
 from attack_cases import KINDS, Case, cases, kinds, tensors
 from attack_checks import attack, has_kernels
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from op_cases import DEVICES, OPERATORS, gradients
 from torch import Tensor
 
 from vision_rwkv.ops import gated_bi_wkv
 
-FEW = 150
 WIDE = {'cpu': 3, 'cuda': 90}  # percent of the cases: a GPU has time for their definition, and other kernels for them
 SHARES = {'bi_wkv': 0.55, 'wkv6': 0.45}  # of the cases
 
@@ -29,24 +28,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('name', SHARES)
-def test_attack(name, device, attack_count, seeded, capsys):
+def test_attack(name, device, attack_count, attacking, capsys):
     """Every case passes, and a fifth of the cases is of each kind."""
     count, worst = Counter(), {}
 
-    @settings(
-        max_examples=round(attack_count * SHARES[name]) if attack_count else FEW,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @attacking(SHARES[name])
     @given(cases(name, WIDE[device]))
     def every(case: Case) -> None:
         inputs, gy = tensors(case, device)
         attack(case, inputs, gy, worst)
         count.update(['all', *kinds(case, inputs)])
 
-    seeded(every)()
+    every()
     with capsys.disabled():
         print(f'\n{name} on {device}: ' + ', '.join(f'{count[kind]} {kind}' for kind in ('all', *KINDS)))
         if attack_count:
@@ -56,7 +49,7 @@ def test_attack(name, device, attack_count, seeded, capsys):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize('name', SHARES)
-def test_kernels_alone(name, attack_count, seeded):
+def test_kernels_alone(name, attacking):
     """Every kernel twice gives the same bits. Next to nothing else runs on the GPU: this is for compute-sanitizer."""
 
     def run(given: dict[str, Tensor], gy: Tensor) -> list[Tensor]:
@@ -64,16 +57,10 @@ def test_kernels_alone(name, attack_count, seeded):
         gated = [gated_bi_wkv(*given.values(), gy)] if name == 'bi_wkv' else []
         return [x.cpu() for x in (y, *grads, *gated)]
 
-    @settings(
-        max_examples=round(attack_count * SHARES[name]) if attack_count else FEW,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @attacking(SHARES[name])
     @given(cases(name, 100).filter(has_kernels))
     def every(case: Case) -> None:
         inputs, gy = tensors(case, 'cuda')
         assert all(map(torch.equal, run(inputs, gy), run(inputs, gy))), case
 
-    seeded(every)()
+    every()

@@ -6,11 +6,10 @@ import pytest
 import torch
 from attack_cases import laid_out
 from fused_cases import NAMES, PRECISIONS, Size, cases, check, run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from op_cases import DEVICES
 
-FEW = 150
 SHARE = 0.2  # of the cases that Bi-WKV and WKV6 get; these come on top
 KINDS = ('long', 'odd', 'strided', 'extreme')
 SCALES = {'model': 1.0, 'tiny': 1e-15, 'large': 8.0}  # of the tokens: exp, float16 and the sigmoids' gradients bound it
@@ -68,17 +67,11 @@ def on_its_own(attack: dict, case, device: str) -> None:
 
 
 @pytest.mark.parametrize('device', DEVICES)
-def test_attack(device, attack_count, seeded, capsys):
+def test_attack(device, attacking, capsys):
     """Every case equals its definition, values and gradients, and a fifth of the cases is of each kind."""
     count = Counter()
 
-    @settings(
-        max_examples=round(attack_count * SHARE) if attack_count else FEW,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @attacking(SHARE)
     @given(attacks())
     def every(attack: dict) -> None:
         case = made(attack)
@@ -93,7 +86,7 @@ def test_attack(device, attack_count, seeded, capsys):
         }
         count.update(['all', *(kind for kind in KINDS if is_kind[kind])])
 
-    seeded(every)()
+    every()
     with capsys.disabled():
         print(f'\nQ-Shift and others on {device}: ' + ', '.join(f'{count[kind]} {kind}' for kind in ('all', *KINDS)))
     assert all(5 * count[kind] >= count['all'] for kind in KINDS), count

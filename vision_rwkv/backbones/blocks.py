@@ -34,6 +34,7 @@ from vision_rwkv.ops import (
 )
 from vision_rwkv.ops._checks import autocast_dtype
 from vision_rwkv.ops._native import has_block
+from vision_rwkv.ops.pointwise import order_patches
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -64,8 +65,7 @@ class PatchEmbed(nn.Module):
         if x.is_cuda and not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_exporting():
             ordered = patches(x, p)
         else:
-            ordered = x.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, channels, p, p)
-            ordered = ordered.to(autocast_dtype(x), memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+            ordered = order_patches(x, p, (h, w), autocast_dtype(x))
         return F.linear(ordered, self.projection.weight.flatten(1), self.projection.bias), (h, w)
 
 

@@ -287,9 +287,15 @@ _register(
 # patches: images in the order in which a linear map takes their patches, in another dtype; no gradient ----------------
 
 
-def _patches(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
-    x = x.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, channels, side, side)
+def order_patches(x: Tensor, side: int, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """What `patches` does, in PyTorch, with a gradient; an export for any size says how many patches there are."""
+    h, w = grid
+    x = x.unflatten(3, (w, side)).unflatten(2, (h, side)).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, channels, side, side)
     return x.to(dtype, memory_format=torch.contiguous_format).flatten(3).flatten(1, 2)
+
+
+def _patches(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    return order_patches(x, side, (x.shape[2] // side, x.shape[3] // side), dtype)
 
 
 def _patches_fake(x: Tensor, side: int, dtype: torch.dtype) -> Tensor:
