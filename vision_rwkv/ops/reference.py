@@ -11,6 +11,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,11 +49,10 @@ def q_shift(x: Tensor, hw: tuple[int, int], pixels: int, gamma: float, heads: in
     h, w = hw
     out, dim = x.clone(), x.shape[2] // heads
     places = torch.arange(x.shape[2], device=x.device) % dim
+    padded = F.pad(x, (0, 0, 0, 1))  # the last token is zero
     for j, (dy, dx) in enumerate([(0, -pixels), (0, pixels), (-pixels, 0), (pixels, 0)]):
         mine = (int(dim * gamma * j) <= places) & (places < int(dim * gamma * (j + 1)))
-        for token in range(h * w):
-            row, column = token // w + dy, token % w + dx
-            inside = 0 <= row < h and 0 <= column < w
-            source = x[:, row * w + column] if inside else torch.zeros_like(x[:, 0])
-            out[:, token] = torch.where(mine, source, out[:, token])
+        found = [(token // w + dy, token % w + dx) for token in range(h * w)]
+        sources = [row * w + column if 0 <= row < h and 0 <= column < w else -1 for row, column in found]
+        out[:, : h * w] = torch.where(mine, padded[:, sources], out[:, : h * w])
     return out
