@@ -124,6 +124,19 @@ def test_log_decay_stays_float32_under_autocast(version, dtype, monkeypatch):
         assert (w < 0).all()
 
 
+def operators_of(graph: torch.fx.GraphModule) -> set[str]:
+    return {str(node.target).removesuffix('.default') for node in graph.graph.nodes}
+
+
+@pytest.mark.skipif(not blocks.has_block(), reason='no native code')
+def test_blocks_are_whole_when_compiled_and_in_parts_when_exported():
+    model, seen = make(VRWKV).eval(), set()
+    torch.compile(model, fullgraph=True, backend=lambda graph, _: seen.update(operators_of(graph)) or graph)(images())
+    assert 'vision_rwkv.vrwkv_block' in seen and 'vision_rwkv.bi_wkv' not in seen
+    exported = operators_of(torch.export.export(model, (images(),), strict=False).graph_module)
+    assert 'vision_rwkv.bi_wkv' in exported and 'vision_rwkv.vrwkv_block' not in exported
+
+
 @pytest.mark.skipif(not shutil.which('c++') and not shutil.which('g++'), reason='inductor needs a C++ compiler')
 @pytest.mark.parametrize('version', BOTH)
 def test_compiles_as_one_graph(version):
@@ -135,9 +148,10 @@ def test_compiles_as_one_graph(version):
 
 
 @pytest.mark.parametrize('version', BOTH)
-def test_one_graph_serves_every_size_and_gradients(version):
+@pytest.mark.parametrize('key_norm', [False, True])
+def test_one_graph_serves_every_size_and_gradients(version, key_norm):
     torch._dynamo.reset()
-    options = {'depth': 2, 'init_values': 1, 'key_norm': True, 'post_norm': True}
+    options = {'depth': 2, 'init_values': 1, 'key_norm': key_norm, 'post_norm': True}
     if version is VRWKV6:
         options |= {'with_cls_token': True}
     model = make(version, **options)

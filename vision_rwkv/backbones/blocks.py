@@ -32,7 +32,7 @@ from vision_rwkv.ops import (
     squared_relu_linear,
     squared_relu_mlp,
 )
-from vision_rwkv.ops._checks import autocast_dtype
+from vision_rwkv.ops._checks import autocast_dtype, is_exporting
 from vision_rwkv.ops._native import has_block
 from vision_rwkv.ops.pointwise import order_patches
 
@@ -62,7 +62,7 @@ class PatchEmbed(nn.Module):
         if not is_fixed(h, w) or (height, width) != (h * p, w * p):
             x = F.pad(x, (0, w * p - width, 0, h * p - height))
         # As a linear map of each patch, which is faster than a GPU's convolution. One copy orders and casts the pixels.
-        if x.is_cuda and not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_exporting():
+        if x.is_cuda and not (x.requires_grad and torch.is_grad_enabled()) and not is_exporting():
             ordered = patches(x, p)
         else:
             ordered = order_patches(x, p, (h, w), autocast_dtype(x))
@@ -84,7 +84,7 @@ def normalised(
     norm: nn.LayerNorm, x: Tensor, position: Tensor | None = None, stats_eps: float | None = None
 ) -> tuple[Tensor, Stats | None]:
     """``norm`` of x + position, and on a GPU, where gradients are off, its statistics for a norm with this eps."""
-    quiet = x.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    quiet = x.is_cuda and not torch.is_grad_enabled() and not is_exporting()
     if not quiet or type(norm) is not nn.LayerNorm or is_watched(norm):
         return norm(x if position is None else x + position), None
     x, stats = norm_tokens(x, folded(norm), position, stats_eps)
@@ -217,7 +217,7 @@ class Block(nn.Module):
 
         An export has the operators that a block is made of, for which other programs have translations.
         """
-        if torch.compiler.is_exporting() or not has_block() or hw == SEQUENCE:
+        if is_exporting() or not has_block() or hw == SEQUENCE:
             return None
         if is_watched(self.att, self.ffn, self.ln1, self.ln2):
             return None

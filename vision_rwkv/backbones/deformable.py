@@ -33,7 +33,7 @@ def sampling(queries: Sequence[Size], values: Sequence[Size], device: torch.devi
         x = (torch.arange(w, device=device, dtype=torch.float32) + 0.5) / w
         points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
     reference = torch.cat(points)[None, :, None]
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return Sampling(reference, values, None, None)
     ends = torch.tensor([h * w for h, w in values]).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])

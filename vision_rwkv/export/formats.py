@@ -53,7 +53,7 @@ def to_program(model: nn.Module, height: int, width: int, any_size: bool = False
         height, width = height // step * step, (width - 1) // step * step
     example = torch.zeros(2, 3, height, width, device=next(model.parameters()).device)
     with torch.no_grad():
-        return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+        return torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=False)
 
 
 def write_torch_export(program: ExportedProgram, path: Path) -> None:

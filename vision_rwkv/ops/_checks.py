@@ -56,6 +56,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def is_exporting() -> bool:
+    """Whether torch.export traces this; `torch.compiler.is_exporting` says so to torch.compile too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def compute_dtype(*xs: Tensor) -> torch.dtype:
     """What sums are kept in: float64 if any input is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
