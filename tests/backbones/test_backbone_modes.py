@@ -130,6 +130,7 @@ def operators_of(graph: torch.fx.GraphModule) -> set[str]:
 
 @pytest.mark.skipif(not blocks.has_block(), reason='no native code')
 def test_blocks_are_whole_when_compiled_and_in_parts_when_exported():
+    torch._dynamo.reset()
     model, seen = make(VRWKV).eval(), set()
     torch.compile(model, fullgraph=True, backend=lambda graph, _: seen.update(operators_of(graph)) or graph)(images())
     assert 'vision_rwkv.vrwkv_block' in seen and 'vision_rwkv.bi_wkv' not in seen
