@@ -30,14 +30,14 @@ struct LayerNorm {
     double eps;
 };
 
-// Where the tokens come from, the dtype of matrix products, and whether autograd does not look on.
+// Where the tokens come from, the dtype of matrix products, and, where autograd does not look on, the maps in it.
 struct Manner {
     SymInt height, width;
     int64_t pixels;
     double gamma;
     int64_t heads;
     at::ScalarType dtype;
-    bool quiet;
+    const Maps* quiet;
 };
 
 // What comes after the inputs' maps: parameters of WKV6, and of the norm of its heads.
@@ -70,15 +70,34 @@ Tensor attention(const Tensor& k, const Tensor& v, const Tensor& r, const Tensor
     return norm_gate.call(y, gate, heads.weight, heads.bias, how.heads, heads.eps, how.dtype);
 }
 
-// What the spatial mix adds to the tokens, normalised first where the norm has a weight.
-Tensor spatial_mix(const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
-                   const LayerNorm& norm, const MaybeTensor& stats, const Heads& heads, const Manner& how) {
+// Key, value, receptance, gate and the raw decays, from tokens that are normalised first where the norm has a weight.
+std::vector<Tensor> inputs_of(const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
+                              const LayerNorm& norm, const MaybeTensor& stats, const Manner& how) {
+    if (how.quiet && x.is_cuda()) {
+        static const auto measure = find<Tensor(const Tensor&, double)>("vision_rwkv::norm_stats");
+        static const auto mix = find<std::tuple<Tensor, Tensor>(
+            const Tensor&, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+            SymInt, SymInt, int64_t, double, int64_t, at::ScalarType)>("vision_rwkv::dynamic_mix");
+        const MaybeTensor measured = norm.weight && !stats ? MaybeTensor(measure.call(x, norm.eps)) : stats;
+        const auto [mixed, raw] = mix.call(x, mixes, ranks, norm.weight, norm.bias, measured, how.height, how.width,
+                                           how.pixels, how.gamma, how.heads, how.dtype);
+        const Tensor products = at::matmul(mixed.flatten(1, 2), how.quiet->stack.transpose(1, 2));
+        std::vector<Tensor> out = products.view_symint(mixed.sym_sizes()).unbind();
+        out.push_back(raw);
+        return out;
+    }
     static const auto op =
         find<std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList, at::TensorList, const MaybeTensor&,
                                  const MaybeTensor&, const MaybeTensor&, double, SymInt, SymInt, int64_t, double,
                                  int64_t, at::ScalarType)>("vision_rwkv::dynamic_linear");
-    const auto inputs = op.call(x, mixes, ranks, maps.slice(0, kInputs), norm.weight, norm.bias, stats, norm.eps,
-                                how.height, how.width, how.pixels, how.gamma, how.heads, how.dtype);
+    return op.call(x, mixes, ranks, maps, norm.weight, norm.bias, stats, norm.eps, how.height, how.width, how.pixels,
+                   how.gamma, how.heads, how.dtype);
+}
+
+// What the spatial mix adds to the tokens.
+Tensor spatial_mix(const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
+                   const LayerNorm& norm, const MaybeTensor& stats, const Heads& heads, const Manner& how) {
+    const auto inputs = inputs_of(x, mixes, ranks, maps.slice(0, kInputs), norm, stats, how);
     const Tensor y = attention(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], heads, how);
     return at::matmul(y, maps[kInputs].to(how.dtype).t());
 }
@@ -141,17 +160,17 @@ std::tuple<Tensor, Tensor> vrwkv6_block(const Tensor& x, const MaybeTensor& stat
                 mixes.size(), " and ", maps.size());
     TORCH_CHECK(bonus.dim() == 2, "vrwkv6_block: expected a bonus (H, N), got ", bonus.sizes());
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    std::vector<Tensor> cast;
+    std::optional<Maps> cast;
     const auto given = [](const MaybeTensor& gamma) { return gamma ? at::TensorList(*gamma) : at::TensorList(); };
     const bool quiet =
         !recorded({x, norms, mixes, maps, ranks, decay, bonus, head_weight, head_bias, given(gamma1), given(gamma2)});
     if (quiet) {
         below.emplace();
-        cast = in_dtype(maps, dtype);
-        maps = cast;
+        cast.emplace(maps, dtype, kInputs);
+        maps = cast->each;
     }
     const LayerNorm ln1{norms[0], norms[1], eps1}, ln2{norms[2], norms[3], eps2}, none{};
-    const Manner how{height, width, pixels, gamma, bonus.size(0), dtype, quiet};
+    const Manner how{height, width, pixels, gamma, bonus.size(0), dtype, quiet ? &*cast : nullptr};
     const Heads heads{decay, bonus, head_weight, head_bias, head_eps};
 
     const Tensor z = spatial_mix(x, mixes.slice(0, kSpatialMixes), ranks, maps.slice(0, kSpatialMaps),

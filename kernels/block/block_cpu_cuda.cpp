@@ -81,14 +81,15 @@ struct Call {
     std::array<Norm, 2> ln, branch;
 };
 
-// What the backward pass needs. y: what comes out of Bi-WKV, on CUDA with its gate. z: the first branch, where
-// `keeps_branch`. stats: of x, unless they were given, and of the middle; not with post_norm.
+// What the backward pass needs. kvr: key, value and receptance, (3, B, T, C). y: what comes out of Bi-WKV, on CUDA with
+// its gate. z: the first branch, where `keeps_branch`. stats: of x, unless they were given, and of the middle; not with
+// post_norm.
 struct Kept {
-    Tensor k, v, r, y, middle, hidden, receptance, values, z;
+    Tensor kvr, y, middle, hidden, receptance, values, z;
     std::array<MaybeTensor, 2> stats;
 
     Tensors list(const Call& call) const {
-        Tensors out{k, v, r, y, middle, hidden, receptance, values};
+        Tensors out{kvr, y, middle, hidden, receptance, values};
         if (call.keeps_branch()) out.push_back(z);
         if (stats[1]) out.push_back(*stats[1]);
         if (stats[0] && !call.stats) out.push_back(*stats[0]);
@@ -98,7 +99,7 @@ struct Kept {
     static Kept read(const Call& call, const Tensors& from) {
         Kept out;
         size_t next = 0;
-        for (Tensor* to : {&out.k, &out.v, &out.r, &out.y, &out.middle, &out.hidden, &out.receptance, &out.values})
+        for (Tensor* to : {&out.kvr, &out.y, &out.middle, &out.hidden, &out.receptance, &out.values})
             *to = from[next++];
         if (call.keeps_branch()) out.z = from[next++];
         if (!call.post_norm) {
@@ -173,17 +174,16 @@ Tensor squared(Tensor hidden, bool keep) {
 // The tokens and their statistics; `kept` only where it is asked for, so that memory is given back early.
 std::tuple<Tensor, Tensor> forward(const Call& call, Kept* kept) {
     static const auto norm_stats = find<Tensor(const Tensor&, double)>("vision_rwkv::norm_stats");
-    const Tensors maps = in_dtype(call.maps, call.dtype);
+    const Maps all(call.maps, call.dtype, kSpatial);
+    const Tensors& maps = all.each;
     std::array<MaybeTensor, 2> stats;
     if (!call.post_norm) stats[0] = call.stats ? *call.stats : norm_stats.call(call.x, call.ln[0].eps);
     Tensor z;
     {
-        const Tensor blends = mixed(call, 0, call.x, stats[0]);
-        std::array<Tensor, kSpatial> kvr;
-        for (int i = 0; i < kSpatial; ++i) kvr[i] = apply_map(blends.select(0, i), maps[i]);
+        const Tensor kvr = all.apply(mixed(call, 0, call.x, stats[0]));
         const auto [gated, y] = attention(call, kvr[0], kvr[1], kvr[2]);
         z = apply_map(gated, maps[kOutput]);
-        if (kept) kept->k = kvr[0], kept->v = kvr[1], kept->r = kvr[2], kept->y = y, kept->z = z;
+        if (kept) kept->kvr = kvr, kept->y = y, kept->z = z;
     }
     const auto [middle, middle_stats] =
         residual(call, 0, call.x, z, std::nullopt, call.post_norm ? std::nullopt : std::optional(call.ln[1].eps));
@@ -234,7 +234,13 @@ std::tuple<Tensor, Tensor, Tensor> mixed_backward(const Call& call, int half, co
 // Takes one call's gradients, the channel mix first.
 struct Backward {
     Backward(const Call& call_, const Kept& kept_)
-        : call(call_), kept(kept_), maps(in_dtype(call.maps, call.dtype)), gmaps(kMapCount) {}
+        : call(call_),
+          kept(kept_),
+          k(kept.kvr[0]),
+          v(kept.kvr[1]),
+          r(kept.kvr[2]),
+          maps(in_dtype(call.maps, call.dtype)),
+          gmaps(kMapCount) {}
 
     // The gradient of a map, given that of its results; `input` becomes its own gradient.
     void through_map(int i, const Tensor& g, const Tensor& input) {
@@ -259,9 +265,9 @@ struct Backward {
         const auto [gr, gy] = gate_gradients(gz);
         static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
             const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::bi_wkv_backward");
-        const at::Scalar tokens(kept.k.size(1));
+        const at::Scalar tokens(k.size(1));
         Tensor gk, gv;
-        std::tie(gw, gu, gk, gv) = op.call(call.w.div(tokens), call.u.div(tokens), kept.k, kept.v, gy);
+        std::tie(gw, gu, gk, gv) = op.call(call.w.div(tokens), call.u.div(tokens), k, v, gy);
         gw.div_(tokens), gu.div_(tokens);
         const Tensor blends = mixed(call, 0, call.x, kept.stats[0]);
         through_map(0, gk, blends.select(0, 0));
@@ -301,15 +307,16 @@ struct Backward {
         static const auto of_gated =
             find<Two(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gated_backward");
         const bool gated = kept.y.is_cuda();
-        const Tensor input = gated ? kept.y : gate(kept.r, kept.y);
+        const Tensor input = gated ? kept.y : gate(r, kept.y);
         gmaps[kOutput] = map_gradient(gz, input, call.maps[kOutput]);
         const Tensor ginput = at::empty(input.sizes(), input.options());
         input_gradient(gz, maps[kOutput], ginput);
-        return (gated ? of_gated : of_y).call(ginput, kept.r, kept.y);
+        return (gated ? of_gated : of_y).call(ginput, r, kept.y);
     }
 
     const Call& call;
     const Kept& kept;
+    const Tensor k, v, r;
     Tensors maps, gmaps;
     Tensor gw, gu;
 };

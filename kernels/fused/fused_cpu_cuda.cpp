@@ -131,9 +131,12 @@ Tensor squared_relu_mlp(const Tensor& x, const Tensor& key, const Tensor& value)
     return apply_map(square.call(hidden), value);
 }
 
-std::vector<Tensor> cast_weights(at::TensorList weights, at::ScalarType dtype) {
+std::vector<Tensor> cast_each(at::TensorList weights, at::ScalarType dtype, int64_t stacked) {
+    TORCH_CHECK(0 <= stacked && stacked <= static_cast<int64_t>(weights.size()),
+                "cast_weights: expected stacked from 0 to ", weights.size(), ", the number of weights, got ", stacked);
     std::vector<Tensor> out;
-    for (const Tensor& weight : weights) out.push_back(weight.to(dtype));
+    if (stacked > 0) out.push_back(at::stack(weights.slice(0, stacked)).to(dtype));
+    for (const Tensor& weight : weights.slice(stacked)) out.push_back(weight.to(dtype));
     return out;
 }
 
@@ -150,8 +153,8 @@ void implement(torch::Library& m) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
-    m.def("cast_weights(Tensor[] weights, ScalarType dtype) -> Tensor[]");
-    m.impl("cast_weights", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(cast_weights));
+    m.def("cast_weights(Tensor[] weights, ScalarType dtype, int stacked=0) -> Tensor[]");
+    m.impl("cast_weights", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(cast_each));
 }
 TORCH_LIBRARY_IMPL(vision_rwkv, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) { implement(m); }

@@ -263,25 +263,38 @@ __global__ void cast_blocks(const __grid_constant__ CastArgs args) {
     }
 }
 
-std::vector<Tensor> cast_weights_cuda(at::TensorList weights, at::ScalarType dtype) {
-    std::vector<Tensor> out;
+std::vector<Tensor> cast_weights_cuda(at::TensorList weights, at::ScalarType dtype, int64_t stacked) {
     CastArgs args{};
     bool one_launch = weights.size() <= kMostWeights && (dtype == at::kBFloat16 || dtype == at::kHalf);
     for (size_t i = 0; i < weights.size() && one_launch; ++i) {
         const Tensor& weight = weights[i];
         one_launch = weight.scalar_type() == at::kFloat && weight.is_contiguous() &&
                      reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % (kCastValues * sizeof(float)) == 0 &&
-                     weight.device() == weights[0].device();
+                     weight.device() == weights[0].device() &&
+                     (static_cast<int64_t>(i) >= stacked ||
+                      (weight.sizes() == weights[0].sizes() && weight.numel() % kCastValues == 0));
     }
-    if (!one_launch) {
-        for (const Tensor& weight : weights) out.push_back(weight.to(dtype));
-        return out;
+    if (!one_launch || stacked < 0 || stacked > static_cast<int64_t>(weights.size())) {
+        torch::jit::Stack stack{weights.vec(), static_cast<int64_t>(dtype), stacked};
+        call_pytorch("vision_rwkv::cast_weights", stack);
+        return stack[0].toTensorVector();
     }
     const c10::cuda::CUDAGuard guard(weights[0].device());
+    std::vector<Tensor> out;
+    const auto add = [&](at::IntArrayRef sizes) {
+        out.push_back(at::empty(sizes, weights[0].options().dtype(dtype)));
+        return static_cast<char*>(out.back().mutable_data_ptr());
+    };
+    char* stack = nullptr;
+    if (stacked > 0) {
+        at::DimVector sizes{stacked};
+        sizes.append(weights[0].sizes().begin(), weights[0].sizes().end());
+        stack = add(sizes);
+    }
     for (size_t i = 0; i < weights.size(); ++i) {
-        out.push_back(at::empty(weights[i].sizes(), weights[i].options().dtype(dtype)));
+        const bool inside = static_cast<int64_t>(i) < stacked;
         args.from[i] = weights[i].const_data_ptr<float>();
-        args.to[i] = out[i].mutable_data_ptr();
+        args.to[i] = inside ? stack + i * weights[0].nbytes() / 2 : add(weights[i].sizes());
         args.sizes[i] = weights[i].numel();
         const int64_t values = kBlock * kCastValues;
         args.first_blocks[i + 1] = args.first_blocks[i] + static_cast<int>((args.sizes[i] + values - 1) / values);

@@ -190,3 +190,12 @@ def test_weights_are_cast_together(dtype):
         got = torch.ops.vision_rwkv.cast_weights(case, dtype)
         assert len(got) == len(case)
         assert all(torch.equal(x, y.to(dtype)) for x, y in zip(got, case, strict=True))
+
+
+@pytest.mark.parametrize('side', [3, 8, 200])  # not whole vectors, one of them, several blocks
+def test_weights_are_cast_into_a_stack(side):
+    torch.manual_seed(0)
+    weights = [torch.randn(side, side, device='cuda') for _ in range(3)] + [torch.randn(5, device='cuda')]
+    for case in (weights, [weights[0].t(), *weights[1:]]):
+        stack, other = torch.ops.vision_rwkv.cast_weights(case, torch.bfloat16, 3)
+        assert torch.equal(stack, torch.stack(case[:3]).bfloat16()) and torch.equal(other, case[3].bfloat16())

@@ -151,6 +151,16 @@ def test_opcheck_of_a_block(post_norm, dtype, device):
     torch.library.opcheck(operator('vrwkv_block_backward').default, [out, *arguments, kept], test_utils=names)
 
 
+@NATIVE
+@pytest.mark.parametrize('device', DEVICES)
+def test_cast_weights(device):
+    weights = [normal(3, 4, seed=i).to(device) for i in range(4)]
+    stack, other = operator('cast_weights')(weights, torch.float16, 3)
+    assert torch.equal(stack, torch.stack(weights[:3]).half()) and torch.equal(other, weights[3].half())
+    with pytest.raises(RuntimeError, match='expected stacked from 0 to 4, the number of weights, got 5'):
+        operator('cast_weights')(weights, torch.float16, 5)
+
+
 def test_inference_alone():
     norm = ops.Norm(torch.ones(8), torch.zeros(8), EPS)
     with pytest.raises(RuntimeError, match='norm_tokens has no gradient'):

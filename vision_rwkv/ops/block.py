@@ -22,10 +22,11 @@ def _stats(x: Tensor) -> Tensor:
 def _kept_fake(x, stats, norms, eps1, eps2, next_eps, post_norm, mixes, maps, w, u, gamma1, *others):
     dtype = others[-1]
     out = _fake(x, stats, norms, eps1, eps2, next_eps, post_norm, dtype)
-    k, v, r, y, z, hidden, receptance, values = (
-        x.new_empty((*x.shape[:2], size), dtype=dtype) for size in (*[x.shape[2]] * 5, len(maps[4]), *[x.shape[2]] * 2)
+    y, z, hidden, receptance, values = (
+        x.new_empty((*x.shape[:2], size), dtype=dtype) for size in (*[x.shape[2]] * 2, len(maps[4]), *[x.shape[2]] * 2)
     )
-    kept = [k, v, r, y, torch.empty_like(out[0]), hidden, receptance, values]
+    kvr = x.new_empty((SPATIAL, *x.shape), dtype=dtype)
+    kept = [kvr, y, torch.empty_like(out[0]), hidden, receptance, values]
     if post_norm or gamma1 is not None:
         kept.append(z)
     if not post_norm:
