@@ -257,7 +257,9 @@ struct Block : torch::autograd::Function<Block> {
             add(post_norm ? found[other++] : column(half, of_mixes + i % 2), norms[i]);
         }
         for (int i = 0; i < kMixCount; ++i) add(i < kSpatial ? column(0, i) : column(1, i - kSpatial), mixes[i]);
-        for (int i = 0; i < kMapCount; ++i) out.push_back(found[kGmaps + i]);
+        const variable_list maps = given[kMaps].toTensorVector();
+        for (int i = 0; i < kSpatial; ++i) add(found[kGspatial].select(0, i), maps[i]);
+        for (int i = kSpatial; i < kMapCount; ++i) out.push_back(found[kGmaps + i - kSpatial]);
         out.push_back(found[kGw]);
         out.push_back(found[kGu]);
         for (const size_t gamma : {kGamma1, kGamma2})

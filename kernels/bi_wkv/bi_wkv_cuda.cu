@@ -108,7 +108,7 @@ Tensor run_forward(const Tensor& w_in, const Tensor& u_in, const Tensor& k_in, c
     if (k.numel() > 0) {
         Call call = new_call(w, u, k, v);
         call.y = y.mutable_data_ptr();
-        if (r_in) call.r = r.const_data_ptr();
+        if (r_in) call.r = r.const_data_ptr(), call.over_tokens = true;
         launch(call, k);
     }
     return y.to(k_in.scalar_type());
@@ -122,28 +122,51 @@ Tensor gated(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
     return run_forward(w, u, k, v, &r);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w_in, const Tensor& u_in, const Tensor& k_in,
-                                                    const Tensor& v_in, const Tensor& gy_in) {
-    check(w_in, u_in, k_in, v_in);
-    check_like_k(gy_in, "gy", k_in);
-    const c10::cuda::CUDAGuard guard(k_in.device());
-    const at::ScalarType dtype = tensor_dtype({&w_in, &u_in, &k_in, &v_in, &gy_in}, k_in);
+// Writes gk and gv, which are contiguous and of the dtype that k, v and gy are read as; gw and gu come back.
+std::tuple<Tensor, Tensor> run_backward(const Tensor& w_in, const Tensor& u_in, const Tensor& k_in, const Tensor& v_in,
+                                        const Tensor& gy_in, bool over_tokens, const Tensor& gk, const Tensor& gv) {
+    const auto as_read = [&](const Tensor& x) { return x.to(gk.scalar_type()).contiguous(); };
     const Tensor w = w_in.contiguous(), u = u_in.contiguous();
-    const Tensor k = k_in.to(dtype).contiguous(), v = v_in.to(dtype).contiguous(), gy = gy_in.to(dtype).contiguous();
-    const Tensor gk = at::empty(k.sizes(), k.options()), gv = at::empty(k.sizes(), k.options());
-    if (k.numel() == 0) {
-        return {at::zeros_like(w), at::zeros_like(u), gk.to(k_in.scalar_type()), gv.to(v_in.scalar_type())};
-    }
+    const Tensor k = as_read(k_in), v = as_read(v_in), gy = as_read(gy_in);
+    if (k.numel() == 0) return {at::zeros_like(w), at::zeros_like(u)};
     const Tensor gw = at::empty(w.sizes(), w.options()), gu = at::empty(u.sizes(), u.options());
     Call call = new_call(w, u, k, v);
-    call.backward = true;
+    call.backward = true, call.over_tokens = over_tokens;
     call.gy = gy.const_data_ptr();
     call.gk = gk.mutable_data_ptr();
     call.gv = gv.mutable_data_ptr();
     call.gw = gw.mutable_data_ptr();
     call.gu = gu.mutable_data_ptr();
     launch(call, k);
-    return {gw, gu, gk.to(k_in.scalar_type()), gv.to(v_in.scalar_type())};
+    return {gw, gu};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                                    const Tensor& gy) {
+    check(w, u, k, v);
+    check_like_k(gy, "gy", k);
+    const c10::cuda::CUDAGuard guard(k.device());
+    const auto options = k.options().dtype(tensor_dtype({&w, &u, &k, &v, &gy}, k));
+    const Tensor gk = at::empty(k.sizes(), options), gv = at::empty(k.sizes(), options);
+    const auto [gw, gu] = run_backward(w, u, k, v, gy, false, gk, gv);
+    return {gw, gu, gk.to(k.scalar_type()), gv.to(v.scalar_type())};
+}
+
+// For w and u over the number of tokens.
+std::tuple<Tensor, Tensor> backward_into(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                         const Tensor& gy, Tensor& gk, Tensor& gv) {
+    check(w, u, k, v);
+    for (const Tensor* x : {&gy, const_cast<const Tensor*>(&gk), const_cast<const Tensor*>(&gv)})
+        check_like_k(*x, "a gradient", k);
+    const c10::cuda::CUDAGuard guard(k.device());
+    const at::ScalarType dtype = tensor_dtype({&w, &u, &k, &v, &gy}, k);
+    const auto fits = [&](const Tensor& x) { return x.is_contiguous() && x.scalar_type() == dtype; };
+    if (fits(gk) && fits(gv)) return run_backward(w, u, k, v, gy, true, gk, gv);
+    const auto options = k.options().dtype(dtype);
+    const Tensor k_part = at::empty(k.sizes(), options), v_part = at::empty(k.sizes(), options);
+    const auto found = run_backward(w, u, k, v, gy, true, k_part, v_part);
+    gk.copy_(k_part), gv.copy_(v_part);
+    return found;
 }
 
 }  // namespace
@@ -153,4 +176,5 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("bi_wkv", bi_wkv::forward);
     m.impl("gated_bi_wkv", bi_wkv::gated);
     m.impl("bi_wkv_backward", bi_wkv::backward);
+    m.impl("bi_wkv_backward_", bi_wkv::backward_into);
 }

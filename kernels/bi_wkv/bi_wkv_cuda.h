@@ -10,14 +10,14 @@ namespace bi_wkv {
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // One call. Tensors are contiguous: k, v, y, r, gy, gk, gv (batch, tokens, channels) of the kernels' dtype, w, u, gw,
-// gu (channels,) of their own. With r the forward is gated: y comes times sigmoid(r), and w and u are to be divided by
-// the number of tokens.
+// gu (channels,) of their own. With r the forward is gated: y comes times sigmoid(r). over_tokens: w and u are to be
+// divided by the number of tokens.
 struct Call {
     int64_t batch, tokens, channels;
     const void *w, *u, *k, *v, *r, *gy;
     Dtype w_type, u_type;
     void *y, *gk, *gv, *gw, *gu;
-    bool backward;
+    bool backward, over_tokens;
     cudaStream_t stream;
 };
 

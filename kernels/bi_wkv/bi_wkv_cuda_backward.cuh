@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kReduceWidth* kReduceGroups) reduce_kernel(con
     if (group == 0 && channel < p.call.channels) {
         sum = 0;
         for (int g = 0; g < kReduceGroups; ++g) sum += sums[g * kReduceWidth + place];
+        if (p.call.over_tokens) sum /= static_cast<double>(p.tokens);
         const bool is_w = place < kLanes;
         store_parameter(is_w ? p.call.gw : p.call.gu, is_w ? p.call.w_type : p.call.u_type, channel, sum);
     }

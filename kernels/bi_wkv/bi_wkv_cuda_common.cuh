@@ -96,7 +96,7 @@ __device__ inline Real load_parameter(const void* x, Dtype type, int64_t i) {
 template <typename Real>
 __device__ inline Real channel_parameter(const Problem& p, const void* x, Dtype type, unsigned channel) {
     const Real value = load_parameter<Real>(x, type, min(channel, p.channels - 1));
-    return p.call.r ? value / static_cast<Real>(p.tokens) : value;
+    return p.call.over_tokens ? value / static_cast<Real>(p.tokens) : value;
 }
 
 __device__ inline void store_parameter(void* x, Dtype type, int64_t i, double value) {

@@ -38,7 +38,17 @@ constexpr int kMixCount = 5, kMapCount = 7, kNormCount = 4;
 constexpr int kOutput = 3, kKey = 4, kReceptance = 5, kValue = 6;  // maps after those of the spatial mix's tokens
 
 // What vrwkv_block_backward returns, in this order: then, with post_norm, the gradients of the norms, and those of the
-// layer scales that there are. Columns: the gradients of a mix's mixes, then those of the norm before it, (n, C).
-enum BlockGradient : size_t { kGx, kColumns1, kColumns2, kGw, kGu, kGmaps, kOthers = kGmaps + kMapCount };
+// layer scales that there are. Columns: the gradients of a mix's mixes, then those of the norm before it, (n, C). Those
+// of the first kSpatial maps are one tensor too.
+enum BlockGradient : size_t {
+    kGx,
+    kColumns1,
+    kColumns2,
+    kGw,
+    kGu,
+    kGspatial,
+    kGmaps,
+    kOthers = kGmaps + kMapCount - kSpatial
+};
 
 }  // namespace vision_rwkv

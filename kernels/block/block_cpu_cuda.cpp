@@ -239,7 +239,8 @@ struct Backward {
           k(kept.kvr[0]),
           v(kept.kvr[1]),
           r(kept.kvr[2]),
-          maps(in_dtype(call.maps, call.dtype)),
+          all(call.maps, call.dtype, kSpatial),
+          maps(all.each),
           gmaps(kMapCount) {}
 
     // The gradient of a map, given that of its results; `input` becomes its own gradient.
@@ -262,17 +263,16 @@ struct Backward {
 
     // Those of the spatial mix's, from that of its output; and gw and gu.
     Tensor spatial_blends(const Tensor& gz) {
-        const auto [gr, gy] = gate_gradients(gz);
-        static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
-            const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::bi_wkv_backward");
-        const at::Scalar tokens(k.size(1));
-        Tensor gk, gv;
-        std::tie(gw, gu, gk, gv) = op.call(call.w.div(tokens), call.u.div(tokens), k, v, gy);
-        gw.div_(tokens), gu.div_(tokens);
+        static const auto op =
+            find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                            Tensor&, Tensor&)>("vision_rwkv::bi_wkv_backward_");
+        const Tensor g = at::empty(kept.kvr.sizes(), kept.kvr.options());
+        Tensor gk = g[0], gv = g[1], gr = g[2];
+        const Tensor gy = gate_gradients(gz, gr);
+        std::tie(gw, gu) = op.call(call.w, call.u, k, v, gy, gk, gv);
         const Tensor blends = mixed(call, 0, call.x, kept.stats[0]);
-        through_map(0, gk, blends.select(0, 0));
-        through_map(1, gv, blends.select(0, 1));
-        through_map(2, gr, blends.select(0, 2));
+        gspatial = map_gradients(g, blends, at::TensorList(call.maps).slice(0, kSpatial));
+        all.input_gradients(g, blends);
         return blends;
     }
 
@@ -291,8 +291,8 @@ struct Backward {
         const Tensor gblends = spatial_blends(as_is ? gmiddle : gz);
         const auto [gx, none, columns1] =
             mixed_backward(call, 0, gblends, call.x, kept.stats[0], gmiddle, std::nullopt, std::nullopt);
-        Tensors out{gx, columns1, columns2, gw, gu};
-        out.insert(out.end(), gmaps.begin(), gmaps.end());
+        Tensors out{gx, columns1, columns2, gw, gu, gspatial};
+        out.insert(out.end(), gmaps.begin() + kSpatial, gmaps.end());
         if (call.post_norm) out.insert(out.end(), {gweight1, gbias1, gweight2, gbias2});
         if (call.gammas[0]) out.push_back(ggamma1);
         if (call.gammas[1]) out.push_back(ggamma2);
@@ -300,25 +300,29 @@ struct Backward {
     }
 
  private:
-    // Of the receptance and of what Bi-WKV returned.
-    std::tuple<Tensor, Tensor> gate_gradients(const Tensor& gz) {
-        using Two = std::tuple<Tensor, Tensor>;
-        static const auto of_y = find<Two(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gate_backward");
+    // That of what Bi-WKV returned; `gr` becomes that of the receptance.
+    Tensor gate_gradients(const Tensor& gz, Tensor& gr) {
+        static const auto of_y =
+            find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gate_backward");
         static const auto of_gated =
-            find<Two(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gated_backward");
+            find<Tensor(Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::gated_backward_");
         const bool gated = kept.y.is_cuda();
         const Tensor input = gated ? kept.y : gate(r, kept.y);
         gmaps[kOutput] = map_gradient(gz, input, call.maps[kOutput]);
-        const Tensor ginput = at::empty(input.sizes(), input.options());
-        input_gradient(gz, maps[kOutput], ginput);
-        return (gated ? of_gated : of_y).call(ginput, r, kept.y);
+        input_gradient(gz, maps[kOutput], gr);
+        if (gated) return of_gated.call(gr, r, kept.y);
+        const auto [found, gy] = of_y.call(gr, r, kept.y);
+        gr.copy_(found);
+        return gy;
     }
 
     const Call& call;
     const Kept& kept;
     const Tensor k, v, r;
-    Tensors maps, gmaps;
-    Tensor gw, gu;
+    const Maps all;
+    const Tensors& maps;
+    Tensors gmaps;
+    Tensor gw, gu, gspatial;
 };
 
 // The dispatcher's entries
@@ -384,10 +388,22 @@ Tensor squared_relu_backward(Tensor& g, const Tensor& x) {
     return squared(x, true);
 }
 
-std::tuple<Tensor, Tensor> gated_backward(const Tensor& g, const Tensor& r, const Tensor& gated) {
+Tensor gated_backward(Tensor& g, const Tensor& r, const Tensor& gated) {
     const auto wide = at::promote_types(r.scalar_type(), at::kFloat);
     const Tensor s = r.to(wide).sigmoid(), wide_g = g.to(wide);
-    return {(wide_g * gated * (1 - s)).to(r.scalar_type()), (wide_g * s).to(gated.scalar_type())};
+    const Tensor gy = (wide_g * s).to(gated.scalar_type());
+    g.copy_(wide_g * gated * (1 - s));
+    return gy;
+}
+
+std::tuple<Tensor, Tensor> bi_wkv_backward(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
+                                           const Tensor& gy, Tensor& gk, Tensor& gv) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::bi_wkv_backward");
+    const at::Scalar tokens(k.size(1));
+    const auto [gw, gu, k_found, v_found] = op.call(w.div(tokens), u.div(tokens), k, v, gy);
+    gk.copy_(k_found), gv.copy_(v_found);
+    return {gw.div(tokens), gu.div(tokens)};
 }
 
 const std::string ARGUMENTS =
@@ -398,7 +414,8 @@ const std::string ARGUMENTS =
 }  // namespace
 
 // stats, eps1, eps2, next_eps: of the norms before the mixes, and of the next block's first; not with post_norm. Those
-// with `kept` and `_backward` are for the gradient, see kernels/autograd; the last three are steps of it.
+// with `kept` and `_backward` are for the gradient, see kernels/autograd; the last four are steps of it. Of
+// bi_wkv_backward_, w and u are to be divided by the number of tokens.
 TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
     m.def(("vrwkv_block(" + ARGUMENTS + ") -> (Tensor, Tensor)").c_str());
     m.def(("vrwkv_block_kept(" + ARGUMENTS + ") -> Tensor[]").c_str());
@@ -408,7 +425,10 @@ TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
         "SymInt height, SymInt width, int pixels, float gamma, Tensor sum, Tensor? scale, ScalarType? branch) -> "
         "(Tensor, Tensor, Tensor)");
     m.def("squared_relu_backward_(Tensor(a!) g, Tensor x) -> Tensor");
-    m.def("gated_backward(Tensor g, Tensor r, Tensor gated) -> (Tensor, Tensor)");
+    m.def("gated_backward_(Tensor(a!) g, Tensor r, Tensor gated) -> Tensor");
+    m.def(
+        "bi_wkv_backward_(Tensor w, Tensor u, Tensor k, Tensor v, Tensor gy, Tensor(a!) gk, Tensor(b!) gv) -> "
+        "(Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CompositeExplicitAutograd, m) {
@@ -417,7 +437,8 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CompositeExplicitAutograd, m) {
     m.impl("vrwkv_block_backward", torch::CppFunction::makeFromBoxedFunction<&block_backward>());
     m.impl("q_shift_residual_backward", q_shift_residual_backward);
     m.impl("squared_relu_backward_", squared_relu_backward);
-    m.impl("gated_backward", gated_backward);
+    m.impl("gated_backward_", gated_backward);
+    m.impl("bi_wkv_backward_", bi_wkv_backward);
 }
 
 }  // namespace vision_rwkv

@@ -68,6 +68,20 @@ struct Maps {
         }
         return out;
     }
+
+    // The gradients of x, given those of the products, g; they go to `out`, which must be contiguous.
+    void input_gradients(const at::Tensor& g, const at::Tensor& out) const {
+        const at::Tensor from = g.flatten(1, 2);
+        at::Tensor to = out.view({out.size(0), out.size(1) * out.size(2), out.size(3)});
+        if (stack.defined()) {
+            at::bmm_out(to, from, stack);
+            return;
+        }
+        for (int64_t i = 0; i < g.size(0); ++i) {
+            at::Tensor part = to.select(0, i);
+            at::mm_out(part, from.select(0, i), each[i]);
+        }
+    }
 };
 
 // Writes to `out`, which must be contiguous: of another tensor, rows() are a copy.
@@ -78,8 +92,12 @@ inline void input_gradient(const at::Tensor& g, const at::Tensor& map, const at:
 }
 
 // Where a product may leave its sums unrounded, as on CUDA, a float32 weight's gradient is not rounded in between.
+inline bool leaves_unrounded(const at::Tensor& x, const at::Tensor& map) {
+    return x.is_cuda() && map.scalar_type() == at::kFloat && x.element_size() == 2;
+}
+
 inline at::Tensor map_gradient(const at::Tensor& g, const at::Tensor& x, const at::Tensor& map) {
-    const bool unrounded = x.is_cuda() && map.scalar_type() == at::kFloat && x.element_size() == 2;
+    const bool unrounded = leaves_unrounded(x, map);
     at::Tensor out = at::empty({g.size(2), x.size(2)}, unrounded ? map.options() : x.options());
     if (unrounded) {
         at::mm_out(out, rows(g).t(), rows(x), at::kFloat);
@@ -87,6 +105,31 @@ inline at::Tensor map_gradient(const at::Tensor& g, const at::Tensor& x, const a
         at::mm_out(out, rows(g).t(), rows(x));
     }
     return out.to(map.scalar_type());
+}
+
+// How many parts of their rows the weight gradients of `count` maps (D, C) are summed over first, so that one batched
+// product fills a GPU: 0 where it would not, as it takes a block of threads for each 64 x 64 of a result.
+inline int64_t gradient_parts(int64_t count, int64_t rows, int64_t d, int64_t c) {
+    constexpr int64_t kFull = 128, kTile = 64;
+    const int64_t blocks = count * ((d + kTile - 1) / kTile) * ((c + kTile - 1) / kTile);
+    int64_t parts = 1;
+    while (blocks * parts < kFull && rows % (2 * parts) == 0) parts *= 2;
+    return blocks * parts < kFull ? 0 : parts;
+}
+
+// As map_gradient for maps of one shape and dtype, x (n, B, T, C), g (n, B, T, D): (n, D, C).
+inline at::Tensor map_gradients(const at::Tensor& g, const at::Tensor& x, at::TensorList maps) {
+    const int64_t count = g.size(0), rows = g.size(1) * g.size(2), d = g.size(3), c = x.size(3);
+    const int64_t parts = leaves_unrounded(x, maps[0]) && rows > 0 ? gradient_parts(count, rows, d, c) : 0;
+    if (parts == 0) {
+        std::vector<at::Tensor> out;
+        for (int64_t i = 0; i < count; ++i) out.push_back(map_gradient(g.select(0, i), x.select(0, i), maps[i]));
+        return at::stack(out);
+    }
+    const at::Tensor g_parts = g.view({count * parts, rows / parts, d}),
+                     x_parts = x.view({count * parts, rows / parts, c});
+    const at::Tensor out = at::bmm(g_parts.transpose(1, 2), x_parts, at::kFloat).view({count, parts, d, c});
+    return parts == 1 ? out.select(1, 0) : out.sum(1);
 }
 
 }  // namespace vision_rwkv

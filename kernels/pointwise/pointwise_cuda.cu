@@ -222,16 +222,16 @@ Tensor squared_relu_backward_in_place(Tensor& g, const Tensor& x) {
     return squared_relu_cuda(x);
 }
 
-// As gate_backward, from gated = sigmoid(r) * y.
-std::tuple<Tensor, Tensor> gated_backward_cuda(const Tensor& g, const Tensor& r, const Tensor& gated) {
+// As gate_backward, from gated = sigmoid(r) * y. The gradient of r goes over g; that of y comes back.
+Tensor gated_backward_in_place(Tensor& g, const Tensor& r, const Tensor& gated) {
     const c10::cuda::CUDAGuard guard(r.device());
     check_same("gate", r, gated);
     check_same("gate", g, gated);
-    const Tensor gr = empty_like(r), gy = empty_like(gated);
-    if (mapped(GatedBackward{}, {g, r, gated}, {gr, gy})) return {gr, gy};
+    const Tensor gy = empty_like(gated);
+    if (g.is_contiguous() && is_aligned(g) && mapped(GatedBackward{}, {g, r, gated}, {g, gy})) return gy;
     torch::jit::Stack stack{g, r, gated};
-    call_pytorch("vision_rwkv::gated_backward", stack);
-    return {stack[0].toTensor(), stack[1].toTensor()};
+    call_pytorch("vision_rwkv::gated_backward_", stack);
+    return stack[0].toTensor();
 }
 
 // Weights
@@ -661,7 +661,7 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("squared_relu_", squared_relu_in_place);
     m.impl("squared_relu_backward", squared_relu_backward_cuda);
     m.impl("squared_relu_backward_", squared_relu_backward_in_place);
-    m.impl("gated_backward", gated_backward_cuda);
+    m.impl("gated_backward_", gated_backward_in_place);
     m.impl("norm_tokens", norm_tokens_cuda);
     m.impl("patches", patches_cuda);
     m.impl("residual", residual_cuda);

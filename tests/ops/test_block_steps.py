@@ -6,6 +6,7 @@ from fused_cases import EPS, SIZES, Size, _mixed, _normalised
 from op_cases import DEVICES, error
 
 from vision_rwkv import ops
+from vision_rwkv.ops import fallback
 from vision_rwkv.ops._native import has_block
 
 NATIVE = pytest.mark.skipif(not has_block(), reason='no native code')
@@ -74,8 +75,9 @@ def test_value_by_value(shape, dtype, half, bound, device):
     exact_r, exact_y = r.double().requires_grad_(), y.double().requires_grad_()
     gated = torch.sigmoid(exact_r) * exact_y
     want = torch.autograd.grad(gated, (exact_r, exact_y), g.double())
-    got = operator('gated_backward')(*(t.to(device) for t in (g, r, gated.detach().to(dtype))))
-    assert all(error(a.cpu(), b) <= bound for a, b in zip(got, want, strict=True))
+    gradient = g.to(device, copy=True)
+    gy = operator('gated_backward_')(gradient, *(t.to(device) for t in (r, gated.detach().to(dtype))))
+    assert error(gradient.cpu(), want[0]) <= bound and error(gy.cpu(), want[1]) <= bound
 
     exact_y = y.double().requires_grad_()
     square = torch.relu(exact_y).square()
@@ -149,6 +151,26 @@ def test_opcheck_of_a_block(post_norm, dtype, device):
     torch.library.opcheck(operator('vrwkv_block_kept').default, arguments, test_utils=names)
     out, _, *kept = operator('vrwkv_block_kept')(*arguments)
     torch.library.opcheck(operator('vrwkv_block_backward').default, [out, *arguments, kept], test_utils=names)
+
+
+@NATIVE
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(('dtype', 'half', 'bound'), PAIRS)
+@pytest.mark.parametrize('shape', [(2, 13, 24), (3, 196, 40), (1, 700, 16), (2, 0, 8)])
+def test_bi_wkv_backward_into(shape, dtype, half, bound, device):
+    w, u = normal(shape[2], seed=1).to(dtype), normal(shape[2], seed=2).to(dtype)
+    k, v, gy = (normal(*shape, seed=i).to(half) for i in (3, 4, 5))
+    length = max(shape[1], 1)
+    exact = [t.double() for t in (w, u, k, v, gy)]
+    want = fallback.bi_wkv_backward(exact[0] / length, exact[1] / length, *exact[2:])
+    g = torch.full((3, *shape), torch.nan, dtype=half, device=device)
+    other_layout = torch.empty_like(g[0].transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    for gk, gv in [(g[0], g[1]), (g[2], other_layout)]:
+        got = operator('bi_wkv_backward_')(*(t.to(device) for t in (w, u, k, v, gy)), gk, gv)
+        assert all(x.dtype == dtype for x in got)
+        if shape[1]:
+            found = [got[0] * length, got[1] * length, gk, gv]
+            assert all(error(a.cpu(), b) <= bound for a, b in zip(found, want, strict=True))
 
 
 @NATIVE

@@ -39,7 +39,8 @@ def _backward_fake(g, x, stats, norms, eps1, eps2, next_eps, post_norm, mixes, m
     columns = [x.new_empty((n + (0 if post_norm else 2), x.shape[2]), dtype=sums) for n in (SPATIAL, CHANNEL)]
     like: Callable[[Tensor], Tensor] = torch.empty_like
     others = [*(norms if post_norm else []), *(p for p in (gamma1, gamma2) if p is not None)]
-    return [x.new_empty(x.shape), *columns, *map(like, (w, u, *maps, *others))]
+    spatial = maps[0].new_empty((SPATIAL, *maps[0].shape))
+    return [x.new_empty(x.shape), *columns, *map(like, (w, u)), spatial, *map(like, (*maps[SPATIAL:], *others))]
 
 
 if _native.has_block():
