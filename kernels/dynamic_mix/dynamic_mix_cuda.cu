@@ -57,18 +57,17 @@ bool runs_here(const Tensor& x, at::TensorList ranks, const Where& where, at::Sc
 // The factors in the order of the kernel's operands, in one buffer.
 template <typename T>
 Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, cudaStream_t stream) {
-    const int sides[] = {kMixes * kRank, kMixes * kRank, kDecayRank, kDecayRank};
+    const int sides[] = {kMixes * kRank, kMixes * kRank, kDecayRank, kDecayRank}, units = units_of(channels);
     int64_t total = 0;
-    for (const int side : sides) total += static_cast<int64_t>(side) * channels;
+    for (const int side : sides) total += static_cast<int64_t>(side) * units * kUnit;
     const Tensor buffer = at::empty({total}, ranks[0].options().dtype(at::kHalf));  // of either half precision
     auto* to = static_cast<uint4*>(buffer.mutable_data_ptr());
     Packings all;
     for (int i = 0; i < kPacked; ++i) {
-        const bool down = i % 2 == 0;
-        all.of[i] = {floats(ranks[i]), to, down ? channels : sides[i], down ? sides[i] : channels, down};
-        to += static_cast<int64_t>(sides[i]) * channels / 8;
+        all.of[i] = {floats(ranks[i]), to, channels, sides[i], i % 2 == 0};
+        to += static_cast<int64_t>(sides[i]) * units * kUnit / 8;
     }
-    const dim3 grid((sides[0] / 16 * (channels / 16) * 32 + kBlock - 1) / kBlock, kPacked);
+    const dim3 grid((sides[0] / 16 * units * (kUnit / 16) * 32 + kBlock - 1) / kBlock, kPacked);
     pack_weights<T><<<grid, kBlock, 0, stream>>>(all);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return buffer;
@@ -80,17 +79,14 @@ void launch(const Args& args, const X* x, const Tensor& weights, T* out, T* raw,
     C10_CUDA_CHECK(cudaGetDevice(&device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const auto* from = static_cast<const uint4*>(weights.const_data_ptr());
-    const int tiles = (args.rows + kTile - 1) / kTile, bytes = static_cast<int>(2 * weights.numel());
-    if (bytes <= most) {
-        const auto kernel = mix_tokens<X, T, true, kWarpsAProcessor>;
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        kernel<<<std::min(processors, tiles), 32 * kWarpsAProcessor, bytes, stream>>>(args, x, from, out, raw);
-    } else {
-        constexpr int kWarps = 4;
-        mix_tokens<X, T, false, kWarps>
-            <<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(args, x, from, out, raw);
-    }
+    const int tiles = (args.rows + kTile - 1) / kTile, tile_bytes = kTeams * kTeamMemory * sizeof(uint4);
+    const int64_t all_bytes = tile_bytes + 2 * weights.numel();
+    const bool shared = all_bytes <= most && units_of(args.channels) <= kTeam;
+    const int bytes = shared ? static_cast<int>(all_bytes) : tile_bytes;
+    const auto kernel = shared ? mix_tokens<X, T, true> : mix_tokens<X, T, false>;
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<std::min(processors, tiles), 32 * kTeam * kTeams, bytes, stream>>>(
+        args, x, static_cast<const uint4*>(weights.const_data_ptr()), out, raw);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -123,6 +119,7 @@ std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mix
     args.pixels = static_cast<int>(std::min(pixels, std::max(height, width)));
     args.quarter = static_cast<int>(dim * gamma);
     args.by_tokens = Divisor::make(x.size(1)), args.by_width = Divisor::make(std::max<int64_t>(1, width));
+    args.by_dim = Divisor::make(dim), args.by_quarter = Divisor::make(args.quarter);
     for (int i = 0; i <= kMixes; ++i) {
         mix[i] = parameter(mixes[i]);
         args.mix[i] = floats(mix[i]);

@@ -9,6 +9,7 @@
 #include "wkv6_cuda.h"
 #include "wkv6_cuda_gradient.cuh"
 #include "wkv6_cuda_output.cuh"
+#include "wkv6_cuda_sequence.cuh"
 #include "wkv6_cuda_state.cuh"
 
 namespace wkv6 {
@@ -20,6 +21,9 @@ constexpr bool kSplitFor = !std::is_same<T, __nv_bfloat16>::value;
 // One block walks over all chunks of a sequence, which spares the scan's passes over the states, where there are
 // sequences enough to fill the device several times.
 constexpr int kWalkBlocksPerProcessor = 4;
+
+// Shorter sequences leave too many warps of sequence_kernel without a strip.
+constexpr int64_t kLeastSequenceTokens = 129;
 
 // Below this many threads with 16 loads in flight each, several threads share each sequence's scan.
 constexpr int kScanThreadsPerProcessor = 512;
@@ -34,42 +38,61 @@ inline Sizes sizes_of(const Call& call) {
 class Launcher {
  public:
     explicit Launcher(cudaStream_t stream) : stream_(stream) {
-        int device, major;
+        int device, major, clusters;
         C10_CUDA_CHECK(cudaGetDevice(&device));
         C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));
         C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
         programmatic_ = major >= 9;
+        clusters_ = clusters;
     }
 
     int64_t processors() const { return processors_; }
+    bool clusters() const { return clusters_; }
 
     // Programmatic from the second kernel on: the first follows kernels that do not take part.
     template <typename... Parameters, typename... Arguments>
     void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, Arguments... arguments) {
+        cudaLaunchAttribute early;
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        launch(programmatic_ && launched_++ > 0 ? &early : nullptr, kernel, blocks, threads, shared, arguments...);
+    }
+
+    // A call's first kernel, with its blocks in clusters.
+    template <typename... Parameters, typename... Arguments>
+    void in_clusters(int size, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                     Arguments... arguments) {
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = size, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
+        launch(&cluster, kernel, blocks, threads, shared, arguments...);
+    }
+
+ private:
+    template <typename... Parameters, typename... Arguments>
+    void launch(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                Arguments... arguments) {
         TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "wkv6: too many tokens for one launch: ", blocks,
                     " blocks");
         constexpr int kSharedWithoutAsking = 48 * 1024;
         if (shared > kSharedWithoutAsking) {
             C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
         }
-        cudaLaunchAttribute early;
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(threads);
         config.dynamicSmemBytes = shared;
         config.stream = stream_;
-        config.attrs = &early;
-        config.numAttrs = programmatic_ && launched_++ > 0 ? 1 : 0;
+        config.attrs = attribute;
+        config.numAttrs = attribute ? 1 : 0;
         C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
 
- private:
     cudaStream_t stream_;
     int processors_ = 0, launched_ = 0;
-    bool programmatic_ = false;
+    bool programmatic_ = false, clusters_ = false;
 };
 
 // The states of `sets` sets, each of both directions. base: not null if w is raw (kRaw).
@@ -108,10 +131,27 @@ void launch_output(Launcher& launch, const Call& call, const Sizes& sizes, const
            base, call.u, reinterpret_cast<const unsigned char*>(states), sizes, finish, static_cast<T*>(y));
 }
 
+// y in one kernel, where sequences are short and enough to fill the device. Returns whether they are.
+template <typename T, typename W, bool kFinish = false>
+bool launch_sequences(Launcher& launch, const Call& call, const Sizes& sizes, void* y, const float* base = nullptr,
+                      const Finish<T>& finish = {}) {
+    if constexpr (std::is_same<T, __nv_bfloat16>::value) {
+        const bool fits = sizes.tokens >= kLeastSequenceTokens && sizes.tokens <= kSequenceTokens;
+        if (!fits || sizes.bh < launch.processors() || !launch.clusters()) return false;
+        launch.in_clusters(kSequenceBlocks, sequence_kernel<W, kFinish>, sizes.bh * kSequenceBlocks, kSequenceThreads,
+                           SequenceShared::kBytes, static_cast<const T*>(call.r), static_cast<const T*>(call.k),
+                           static_cast<const T*>(call.v), static_cast<const W*>(call.w), base, call.u, sizes,
+                           reinterpret_cast<float4*>(call.states), finish, static_cast<T*>(y));
+        return true;
+    }
+    return false;
+}
+
 template <typename T, typename W>
 void launch_forward(const Call& call, void* y) {
     const Sizes sizes = sizes_of(call);
     Launcher launch(call.stream);
+    if (launch_sequences<T, W>(launch, call, sizes, y)) return;
     launch_states<T, W>(launch, call, sizes, 1);
     launch_output<T, W>(launch, call, sizes, call.r, call.k, call.v, call.states, y);
 }
@@ -142,6 +182,7 @@ void gated(const Call& call, const Gating& gating, void* y) {
     const Sizes sizes = sizes_of(call);
     Launcher launch(call.stream);
     const Finish<T> finish{static_cast<const T*>(gating.gate), gating.weight, gating.bias, gating.eps};
+    if (launch_sequences<T, T, true>(launch, call, sizes, y, gating.base, finish)) return;
     launch_states<T, T, true>(launch, call, sizes, 1, gating.base);
     launch_output<T, T, true>(launch, call, sizes, call.r, call.k, call.v, call.states, y, gating.base, finish);
 }

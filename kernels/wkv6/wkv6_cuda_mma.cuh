@@ -87,6 +87,22 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid =
 
 __device__ inline void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Into the cache that all processors share.
+__device__ inline void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// Waits for kThreads of the block's threads, whole warps, that meet at a barrier: 0 is that of __syncthreads.
+template <int kThreads>
+__device__ inline void wait_for_threads(int barrier) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kThreads) : "memory");
+}
+
+// Waits for all threads of the cluster, which then see what each other has written. From compute capability 9.0 on.
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
 // With programmatic launches (compute capability 9.0 on) a kernel may start while the one before it in the stream still
 // runs, once all blocks of that one have allowed it. It touches what that kernel writes only after waiting for its end.
 __device__ inline void allow_next_kernel() {
