@@ -42,6 +42,11 @@ struct Args {
     const float* mix[1 + kMixes];
     const float *weight, *bias, *stats;  // null without a norm
 
+    // A lane's tokens of a tile, past the last one that one again.
+    __device__ __forceinline__ int row(int tile, int k, int lane) const {
+        return min(tile + 8 * k + lane / 4, rows - 1);
+    }
+
     __device__ __forceinline__ float2 stats_of(int token) const {
         return stats ? reinterpret_cast<const float2*>(stats)[token] : make_float2(0, 1);
     }
@@ -66,7 +71,8 @@ __device__ __forceinline__ uint32_t pack<__half>(float x, float y) {
 __host__ __device__ constexpr int units_of(int channels) { return (channels + kUnit - 1) / kUnit; }
 
 // A matrix on its way to blocks of 16 x 16, each 32 lanes' right operands: (channels, others) where it leads down from
-// the channels, else (others, channels). The blocks of half a unit lie together; missing channels' weights are 0.
+// the channels, else (others, channels). The blocks of half a unit lie together. Down from channels that are missing it
+// is 0; up, they are as those that a lane has in place of them.
 struct Packing {
     const float* from;
     uint4* to;
@@ -93,12 +99,13 @@ __global__ void pack_weights(const __grid_constant__ Packings all) {
         float pair[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const int channel = first + (mine.down ? kChannels * q + 2 * half : kChannels * (g / 2) + 2 * tile) +
-                                (mine.down ? j : g % 2);
+            int channel = first + (mine.down ? kChannels * q + 2 * half + j : kChannels * (g / 2) + 2 * tile + g % 2);
             const int other = first_other + (mine.down ? 8 * tile + g : 2 * q + 8 * half + j);
+            const bool on = channel < mine.channels;
+            if (!on) channel = mine.channels - kChannels + channel % kChannels;
             const int64_t at = mine.down ? static_cast<int64_t>(channel) * mine.others + other
                                          : static_cast<int64_t>(other) * mine.channels + channel;
-            pair[j] = channel < mine.channels ? mine.from[at] : 0.0f;
+            pair[j] = on || !mine.down ? mine.from[at] : 0.0f;
         }
         out[i] = pack<T>(pair[0], pair[1]);
     }
@@ -122,7 +129,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// What is on its way since the last call becomes a group.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// For all groups but the last kLeft.
+template <int kLeft>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
 
 // Products
 // -------------------------------------------------------------------------------------------------------
@@ -160,7 +174,7 @@ using Sums = Sum[kBlocks][kParts][2];
 template <typename T, bool kShared, int kBlocks>
 __device__ __forceinline__ void add_product(Sums<kBlocks>& sums, const uint4* a, const uint4* b, int steps,
                                             int step_stride, int block_stride) {
-#pragma unroll 4
+#pragma unroll 2
     for (int step = 0; step < steps; ++step) {
         uint4 left[kParts], right[kBlocks];
 #pragma unroll
@@ -203,7 +217,8 @@ __device__ __forceinline__ void write_tanh(const Sums<kBlocks>& sums, uint4* to)
 // A value of each of a lane's channels, for each of its tokens.
 using Values = float[kTokens][kChannels];
 
-// A lane's channels of a unit. Those past the last one are read from the last ones, and count for nothing.
+// A lane's channels of a unit. Past the last ones it has those again, and writes what another lane writes; but in
+// products they count for nothing.
 struct Channels {
     int first;
     bool on;
@@ -239,15 +254,13 @@ struct Channels {
         }
     }
 
-    // As rows of `to`, of which the tile's first one is `tile`.
+    // As rows of `to`.
     template <typename T>
     __device__ __forceinline__ void store_rows(const Args& args, const Values& values, T* to, int tile,
                                                int lane) const {
-        const int row = tile + lane / 4;
-        to += static_cast<int64_t>(row) * args.channels + first;
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
-            if (on && row + 8 * k < args.rows) store(to + 8 * k * args.channels, values[k]);
+            store(to + static_cast<int64_t>(args.row(tile, k, lane)) * args.channels + first, values[k]);
         }
     }
 };
@@ -269,7 +282,7 @@ struct Packet {
         const int step = direction % 2 ? args.pixels : -args.pixels, limit = horizontal ? args.width : args.height;
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
-            const int index = min(tile + 8 * k + lane / 4, args.rows - 1);
+            const int index = args.row(tile, k, lane);
             const int position = index - static_cast<int>(args.by_tokens.divide(index)) * args.tokens;
             const int row = static_cast<int>(args.by_width.divide(position)), column = position - row * args.width;
             const int at = (horizontal ? column : row) + step;
@@ -298,10 +311,11 @@ struct Packet {
         }
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
+            const float off = -stats[k].x * stats[k].y, far_off = -far_stats[k].x * far_stats[k].y;
 #pragma unroll
             for (int j = 0; j < kChannels; ++j) {
-                const float unit = (to_float(here[k][j / kVec].values[j % kVec]) - stats[k].x) * stats[k].y;
-                const float far = (to_float(there[k][j / kVec].values[j % kVec]) - far_stats[k].x) * far_stats[k].y;
+                const float unit = fmaf(to_float(here[k][j / kVec].values[j % kVec]), stats[k].y, off);
+                const float far = fmaf(to_float(there[k][j / kVec].values[j % kVec]), far_stats[k].y, far_off);
                 own[k][j] = fmaf(unit, weight[j], bias[j]);
                 apart[k][j] = (inside[k] ? fmaf(far, weight[j], bias[j]) : 0.0f) - own[k][j];
             }
@@ -316,7 +330,8 @@ struct Packet {
 template <bool kShared>
 struct Team {
     int index, warp, lane;
-    uint4 *inputs, *low;  // of the lane: what products with all channels, and with low ranks, take
+    uint4 *inputs, *low;           // of the lane: what products with all channels, and with low ranks, take
+    int copies = kShared ? 2 : 0;  // groups of weights on their way
 
     __device__ __forceinline__ explicit Team(uint4* memory) {
         index = threadIdx.x / (32 * kTeam), warp = threadIdx.x / 32 % kTeam, lane = threadIdx.x % 32;
@@ -324,14 +339,17 @@ struct Team {
         low = inputs + kInputs;
     }
 
-    // Waits for the others. Where weights come from global memory all teams go together, so that one finds in the cache
-    // what the other has read.
-    __device__ __forceinline__ void meet() const {
-        if constexpr (kShared) {
+    // Waits for the others, the first times for weights too: those of the first product, then all of them. Where
+    // weights are not copied all teams go together, so that one finds in the cache what the other has read.
+    __device__ __forceinline__ void meet() {
+        if (kShared && copies == 0) {
             asm volatile("bar.sync %0, %1;" ::"r"(1 + index), "n"(32 * kTeam) : "memory");
-        } else {
-            __syncthreads();
+            return;
         }
+        if (copies == 2) wait_copies<1>();
+        if (copies == 1) wait_copies<0>();
+        if (copies > 0) --copies;
+        __syncthreads();
     }
 };
 
@@ -344,19 +362,11 @@ __device__ __forceinline__ void add_chunk(Sums<kBlocks>& sums, const Args& args,
     add_product<T, kShared, kBlocks>(sums, team.inputs, mine, steps, inner * 32, 32);
 }
 
-// The product of `steps` blocks of low ranks with a unit's columns, added to start[column].
+// The product of `steps` blocks of low ranks with a unit's columns.
 template <typename T, bool kShared>
 __device__ __forceinline__ void product_up(const Team<kShared>& team, const uint4* low, int steps, const uint4* up,
-                                           int inner, const float (&start)[kChannels], Values& out) {
-    Sums<2> sums;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) sums[n][p][i / 4].x[i % 4] = start[4 * n + i / 4 * 2 + i % 2];
-        }
-    }
+                                           int inner, Values& out) {
+    Sums<2> sums = {};
     add_product<T, kShared, 2>(sums, low, up + team.lane, steps, 32, inner * 32);
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
@@ -377,11 +387,11 @@ __device__ __forceinline__ void mix_unit(const Args& args, const Team<kShared>& 
         Values values;
         channels.read(args.mix[1 + i], mix);
         product_up<T>(team, team.low + 2 * i * kParts * 32, 2, up + (2 * unit * kMixBlocks + 2 * i) * 32, kMixBlocks,
-                      mix, values);
+                      values);
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
 #pragma unroll
-            for (int j = 0; j < kChannels; ++j) values[k][j] = fmaf(apart[k][j], values[k][j], own[k][j]);
+            for (int j = 0; j < kChannels; ++j) values[k][j] = fmaf(apart[k][j], values[k][j] + mix[j], own[k][j]);
         }
         if (i == 0) {
             channels.write<T>(values, team.inputs + team.warp * (kUnit / 16) * kParts * 32);
@@ -393,9 +403,8 @@ __device__ __forceinline__ void mix_unit(const Args& args, const Team<kShared>& 
 
 // All of a tile's results. `packet` has its first chunk, a unit for each warp, and then that of the tile `next`.
 template <typename X, typename T, bool kShared>
-__device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Weights& weights,
-                                         const Team<kShared>& team, int tile, int next, Packet<X>& packet, T* out,
-                                         T* raw) {
+__device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Weights& weights, Team<kShared>& team,
+                                         int tile, int next, Packet<X>& packet, T* out, T* raw) {
     const int units = units_of(args.channels), chunks = kShared ? 1 : (units + kTeam - 1) / kTeam;
     Values own, apart;
     Sums<2> low = {};  // a warp has those of one mix
@@ -444,10 +453,9 @@ __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Wei
     }
 
     for (int unit = team.warp; unit < units; unit += kTeam) {
-        const float nothing[kChannels] = {};
         Values values;
         product_up<T>(team, team.low, kDecayBlocks, weights.decay_up + 2 * unit * kDecayBlocks * 32, kDecayBlocks,
-                      nothing, values);
+                      values);
         Channels(args, unit, team.lane).store_rows(args, values, raw, tile, team.lane);
     }
 }
@@ -463,11 +471,14 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 1)
     const int padded = units_of(args.channels) * kUnit;
     const int mix_size = padded * (kMixes * kRank / 8), decay_size = padded * (kDecayRank / 8);
     if constexpr (kShared) {
-        for (int i = threadIdx.x; i < 2 * (mix_size + decay_size); i += 32 * kTeam * kTeams) {
-            copy_async(copy + i, packed + i);
+        const int ends[] = {mix_size, 2 * (mix_size + decay_size)};
+        int i = threadIdx.x;
+        for (const int end : ends) {
+            for (; i < end; i += 32 * kTeam * kTeams) copy_async(copy + i, packed + i);
+            close_copies();
         }
     }
-    const Team<kShared> team(shared);
+    Team<kShared> team(shared);
     // Of the blocks' first tiles, then of their second ones, so that what remains after whole rounds goes to as many
     // processors as there are. Together, teams go on until the first one is done: tiles past the last one have no rows.
     const int together = kShared ? 0 : team.index * gridDim.x * kTile;
@@ -475,16 +486,14 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 1)
     int tile = (team.index * gridDim.x + blockIdx.x) * kTile;
     Packet<X> packet;
     packet.read(args, x, tile, team.warp, team.lane);
-    if constexpr (kShared) {
-        wait_copies();
-        __syncthreads();
-    }
     const uint4* from = kShared ? copy : packed;
     const Weights weights{from, from + mix_size, from + 2 * mix_size, from + 2 * mix_size + decay_size};
 #pragma unroll 1
     for (; tile - together < args.rows; tile += stride) {
         mix_tile<X, T, kShared>(args, x, weights, team, tile, tile + stride, packet, out, raw);
     }
+#pragma unroll 1
+    while (team.copies > 0) team.meet();  // a team without a tile
 }
 
 }  // namespace dynamic_mix

@@ -74,8 +74,7 @@ def _mixed(n: Tensor, mixes: list[Tensor], size: Size, delta: Tensor | float = 0
     return n * mix + reference.q_shift(n, *size.shift) * (1 - mix)
 
 
-def _dynamic(x, mixes, w1, w2, w3, w4, maps, weight, bias, size: Size) -> list[Tensor]:
-    n = _normalised(x, weight, bias)
+def _dynamic(n, mixes, w1, w2, w3, w4, maps, size: Size) -> list[Tensor]:
     apart = reference.q_shift(n, *size.shift) - n
     z = torch.tanh((n + apart * mixes[0]) @ w1).unflatten(-1, (5, -1))
     inputs = [n + apart * (mixes[1 + i] + z[..., i, :] @ w2[i]) for i in range(5)]
@@ -127,7 +126,7 @@ def cases(size: Size) -> dict[str, Case]:
             lambda x, mixes, w1, w2, w3, w4, m, w, v: ops.dynamic_linear(
                 x, mixes.unbind(), [w1, w2, w3, w4], m.unbind(), *size.shift, norm=with_norm(w, v)
             ),
-            lambda *inputs: _dynamic(*inputs, size),
+            lambda x, mixes, w1, w2, w3, w4, m, w, v: _dynamic(_normalised(x, w, v), mixes, w1, w2, w3, w4, m, size),
             {
                 'x': x,
                 'mixes': normal(6, c),

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
-from fused_cases import NAMES, PRECISIONS, SIZES, cases, check
-from op_cases import DEVICES
+from fused_cases import EPS, NAMES, PRECISIONS, SIZES, Size, _dynamic, _normalised, cases, check
+from op_cases import DEVICES, error
 
 from vision_rwkv import ops
 
 OPERATORS = ['q_shift', 'mix_linear', 'gated_linear', 'squared_relu_linear', 'gate', 'squared_relu', 'residual']
 OPERATORS += ['log_decay', 'norm_gate', 'dynamic_linear']
+# For the tiles of dynamic_mix: one, many with a rest, channels that are no multiple of 32, and more than a tile takes.
+TILES = [
+    Size(1, (3, 7), 1, 64),
+    Size(2, (96, 97), 1, 192, pixels=2, heads=3),
+    Size(3, (5, 7), 2, 80, gamma=0.2),
+    Size(1, (5, 7), 0, 240, gamma=0.2, heads=3),
+    Size(2, (96, 97), 1, 384, heads=6),
+    Size(1, (9, 11), 1, 768, heads=12),
+]
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -72,6 +81,30 @@ def test_opcheck(dtype, device):
     assert list(calls) == OPERATORS
     for name, arguments in calls.items():
         torch.library.opcheck(getattr(torch.ops.vision_rwkv, name).default, arguments)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize('precision', ['bfloat16', 'float16', 'autocast-bfloat16', 'autocast-float16'])
+@pytest.mark.parametrize('with_norm', [True, False])
+@pytest.mark.parametrize('size', TILES)
+def test_dynamic_mix_of_every_tile(size, with_norm, precision):
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator).to('cuda')  # noqa: E731
+    dtype, cast, (bound, _) = PRECISIONS[precision]
+    half, c = cast or dtype, size.channels
+    x, mixes = (1 + normal(*size.shape)).to(dtype), normal(6, c)
+    shapes = [(c, 160), (5, 32, c), (c, 64), (64, c)]
+    ranks = [(normal(*shape) / shape[-2] ** 0.5).to(half) for shape in shapes]
+    norm = [1 + 0.1 * normal(c), normal(c)] if with_norm else [None, None]
+    stats = torch.ops.vision_rwkv.norm_stats(x, EPS) if with_norm else None
+    arguments = x, mixes.unbind(), ranks, *norm, stats, *size.hw, *size.shift[1:], half
+    mixed, raw = torch.ops.vision_rwkv.dynamic_mix(*arguments)
+    n = _normalised(x.double(), *(p.double() for p in norm)) if with_norm else x.double()
+    same = torch.eye(c, dtype=torch.float64, device='cuda').expand(4, c, c)
+    want = _dynamic(n, mixes.double(), *(rank.double() for rank in ranks), same, size)
+    for got, exact in zip([*mixed.unbind(), raw], want, strict=True):
+        assert error(got, exact) <= bound
+    assert all(map(torch.equal, (mixed, raw), torch.ops.vision_rwkv.dynamic_mix(*arguments)))
 
 
 @pytest.mark.parametrize('device', DEVICES)
