@@ -4,9 +4,9 @@
 //
 // 1. A warp takes a strip. It finds the scores within it (as output_kernel does, but with sums of log2 decays that are
 //    matrix products with zeros and ones), and decays r and k to both of its ends.
-// 2. The state passes from strip to strip: four warps hold 16 of v's channels each. Every strip of the way adds
-//    r state to its tokens' results, decays the state and adds k^T v to it. Each block first follows the direction that
-//    starts at its end of the sequence, then the other one, from where its neighbour has arrived.
+// 2. A state passes from strip to strip in the registers of four warps, 16 of v's channels each: its product with r is
+//    what a strip's tokens get from those before, then it decays and k^T v is added. A block first follows the
+//    direction that starts at its end of the sequence, then the other one, from where its neighbour has arrived.
 // 3. The strip's warp again: the scores times v, the results of both directions, and what follows.
 #pragma once
 
@@ -16,17 +16,19 @@ namespace wkv6 {
 
 constexpr int kSequenceBlocks = 2;
 constexpr int kStrips = 7;  // of a block, at most; so three blocks fit into the 228 KiB of a processor
-constexpr int kSequenceWarps = 8, kSequenceThreads = 32 * kSequenceWarps;
+constexpr int kSequenceThreads = 32 * kStrips;
 constexpr int kSequenceTokens = kSequenceBlocks * kStrips * kRows;  // at most
+constexpr int kSweepWarps = 4, kSweepThreads = 32 * kSweepWarps;
 
 // 16 tokens x kN slots of bfloat16. The eight rows of a matrix lie in different banks, and so do pairs of units of the
-// first and of the last four rows.
+// first and of the last four rows. Rows eight apart are permuted alike.
 struct StripTile {
-    static constexpr int kBytes = kRows * kN * 2;
+    static constexpr int kRowBytes = kN * 2, kBytes = kRows * kRowBytes, kEightRows = 8 * kRowBytes;
     unsigned char* base;
-    __device__ unsigned char* at(int row, int unit, int = 0) const {
-        return base + row * (kN * 2) + ((unit ^ ((row & 3) << 1 | (row >> 2 & 1))) << 4);
+    __device__ static int offset(int row, int unit) {
+        return row * kRowBytes + ((unit ^ ((row & 3) << 1 | (row >> 2 & 1))) << 4);
     }
+    __device__ unsigned char* at(int row, int unit, int = 0) const { return base + offset(row, unit); }
 };
 
 // A strip's tiles: for each direction r, decayed from where the state comes in, and k, decayed to where it goes out;
@@ -46,11 +48,36 @@ struct Strip {
     }
 };
 
+// Matrices of zeros and ones, which pick the tokens that a sum of log2 decays runs over: rows are the tokens with the
+// sum, columns those in it. The sums reach from a token to a boundary: the strip's first and last one, and those
+// between its halves, quarters and eighths.
+enum Picks { kToFirst, kToLast, kToHalf, kToQuarter, kToEighth, kPicks };
+
 struct SequenceShared {
-    static constexpr int kStripsAt = 0;
-    static constexpr int kDecays = kStripsAt + kStrips * Strip::kBytes;  // of each strip as a whole, by slot
-    static constexpr int kBytes = kDecays + kStrips * kN * 4;
+    static constexpr int kDecays = kStrips * Strip::kBytes;  // of each strip as a whole, by slot
+    static constexpr int kPicksAt = kDecays + kStrips * kN * 4;
+    static constexpr int kBase = kPicksAt + kPicks * 32 * 16;  // of the head, as u
+    static constexpr int kBonus = kBase + kN * 4;
+    static constexpr int kBytes = kBonus + kN * 4;
 };
+
+// This lane's part of a matrix as a left operand.
+__device__ inline uint4 picks(int which) {
+    const auto picked = [&](int t, int i) {
+        if (which == kToFirst) return i < t;
+        if (which == kToLast) return i > t;
+        const int part = which == kToHalf ? 8 : which == kToQuarter ? 4 : 2;  // tokens on either side
+        const int boundary = (t & ~(2 * part - 1)) + part;
+        return t & part ? boundary <= i && i < t : t < i && i < boundary;
+    };
+    const int lane = threadIdx.x % 32;
+    uint32_t x[4];
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i % 2 * 8, column = lane % 4 * 2 + i / 2 * 8;
+        x[i] = (picked(row, column) ? 0x3f80 : 0) | (picked(row, column + 1) ? 0x3f800000 : 0);
+    }
+    return make_uint4(x[0], x[1], x[2], x[3]);
+}
 
 __device__ inline void start_tile(StripTile tile, const __nv_bfloat16* strip, int64_t stride, int rows) {
     const int lane = threadIdx.x % 32;
@@ -104,13 +131,33 @@ struct PassingStrip {
     }
 };
 
-// A group of channels of the strip's tokens as it arrived.
-__device__ inline Left arrived(StripTile tile, int group) {
-    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const uint2 a = *reinterpret_cast<const uint2*>(tile.at(g, 2 * group + q / 2) + q % 2 * 8);
-    const uint2 b = *reinterpret_cast<const uint2*>(tile.at(8 + g, 2 * group + q / 2) + q % 2 * 8);
-    return Left{{a.x, b.x, a.y, b.y}, {}};
-}
+// Where this lane finds its part of a group of channels in a tile: as they arrive, and as slots. Offsets for the first
+// group; for the others they differ in bits 5 and 6.
+struct GroupPlace {
+    int arrived, floats, slots;
+
+    __device__ GroupPlace() {
+        const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+        arrived = StripTile::offset(g, q / 2) + q % 2 * 8;
+        floats = StripTile::offset(g, q % 2);
+        slots = StripTile::offset(g, 0) + 4 * q;
+    }
+
+    __device__ Left load(StripTile tile, int group) const {
+        const unsigned char* at = tile.base + (arrived ^ group << 5);
+        const uint2 a = *reinterpret_cast<const uint2*>(at);
+        const uint2 b = *reinterpret_cast<const uint2*>(at + StripTile::kEightRows);
+        return Left{{a.x, b.x, a.y, b.y}, {}};
+    }
+
+    __device__ void store(StripTile tile, int group, const Left& a) const {
+        unsigned char *at = tile.base + (slots ^ group << 5), *next = tile.base + (slots ^ group << 5 ^ 16);
+        *reinterpret_cast<uint32_t*>(at) = a.hi[0];
+        *reinterpret_cast<uint32_t*>(at + StripTile::kEightRows) = a.hi[1];
+        *reinterpret_cast<uint32_t*>(next) = a.hi[2];
+        *reinterpret_cast<uint32_t*>(next + StripTile::kEightRows) = a.hi[3];
+    }
+};
 
 // The inverse of as_left<false>.
 __device__ inline Block as_block(const Left& a) {
@@ -123,51 +170,18 @@ __device__ inline Block as_block(const Left& a) {
 }
 
 template <typename W>
-__device__ inline Block arrived_decays(Strip strip, int group) {
+__device__ inline Block arrived_decays(Strip strip, const GroupPlace& place, int group) {
     if constexpr (sizeof(W) == sizeof(__nv_bfloat16)) {
-        return as_block(arrived(strip.r(1), group));
+        return as_block(place.load(strip.r(1), group));
     } else {
-        const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-        const StripTile tile = q & 2 ? strip.k(1) : strip.r(1);
+        const StripTile tile = threadIdx.x & 2 ? strip.k(1) : strip.r(1);
+        const unsigned char* at = tile.base + (place.floats ^ group << 5);
         float a[4], b[4];
-        load4(a, reinterpret_cast<const float*>(tile.at(g, 2 * group + q % 2)));
-        load4(b, reinterpret_cast<const float*>(tile.at(8 + g, 2 * group + q % 2)));
+        load4(a, reinterpret_cast<const float*>(at));
+        load4(b, reinterpret_cast<const float*>(at + StripTile::kEightRows));
         return Block{{a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]}};
     }
 }
-
-__device__ inline void store_group(StripTile tile, int group, const Left& a) {
-    const int lane = threadIdx.x % 32;
-    for (int i = 0; i < 4; ++i) {
-        *reinterpret_cast<uint32_t*>(tile.at(lane / 4 + i % 2 * 8, 2 * group + i / 2) + lane % 4 * 4) = a.hi[i];
-    }
-}
-
-// Matrices of zeros and ones, which pick the tokens that a sum runs over: rows are the tokens with the sum, columns
-// those in it. As left operands their quarters are a register each.
-struct Picks {
-    static constexpr uint32_t kAll = 0x3f803f80;  // two ones
-    uint32_t before, after, to4, to2;             // to a boundary between parts of 4 and of 2 tokens
-
-    __device__ Picks()
-        : before(quarter([](int t, int i) { return i < t; })),
-          after(quarter([](int t, int i) { return i > t; })),
-          to4(quarter(to_boundary<4>)),
-          to2(quarter(to_boundary<2>)) {}
-
- private:
-    template <int kHalf>
-    __device__ static bool to_boundary(int t, int i) {
-        const int boundary = (t & ~(2 * kHalf - 1)) + kHalf;
-        return t & kHalf ? boundary <= i && i < t : t < i && i < boundary;
-    }
-
-    template <typename Pick>
-    __device__ static uint32_t quarter(Pick pick) {
-        const int t = threadIdx.x % 32 / 4, i = threadIdx.x % 4 * 2;
-        return (pick(t, i) ? kAll & 0xffff : 0) | (pick(t, i + 1) ? kAll & 0xffff0000 : 0);
-    }
-};
 
 // A group's log2 decays as right operands, with the tokens down: hi + lo, for the sums are exponents.
 struct DecayOperands {
@@ -181,12 +195,15 @@ struct DecayOperands {
         }
     }
 
-    __device__ Block sums(const uint32_t (&picks)[4]) const {
+    // Of each token, over those that a matrix picks. all: this lane's parts of the matrices.
+    __device__ Block sums(const uint4* all, int which) const {
+        const uint4 x = all[which * 32];
+        const uint32_t picked[4] = {x.x, x.y, x.z, x.w};
         Sum out[2] = {};
-        mma_bf16(out[0], picks, of[0].lo);
-        mma_bf16(out[1], picks, of[1].lo);
-        mma_bf16(out[0], picks, of[0].hi);
-        mma_bf16(out[1], picks, of[1].hi);
+        mma_bf16(out[0], picked, of[0].lo);
+        mma_bf16(out[1], picked, of[1].lo);
+        mma_bf16(out[0], picked, of[0].hi);
+        mma_bf16(out[1], picked, of[1].hi);
         return as_block(out);
     }
 };
@@ -208,60 +225,63 @@ __device__ inline void add_half_scores(Sum& scores, const Left& r, const Left& k
     }
 }
 
-// Step 1. Returns the scores within the strip, as a left operand. base and u: of the head.
+// Step 1. Returns the scores within the strip, as a left operand. decays: of this strip; shared: all there is.
 template <typename W, bool kRaw>
-__device__ inline Left prepare_strip(Strip strip, float* strip_decays, const float* base, const float* u) {
+__device__ inline Left prepare_strip(Strip strip, float* decays, const unsigned char* shared) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const Picks picks;
+    const uint4* all = reinterpret_cast<const uint4*>(shared + SequenceShared::kPicksAt) + lane;
+    const float* base = reinterpret_cast<const float*>(shared + SequenceShared::kBase) + 4 * q;
+    const float* bonus = reinterpret_cast<const float*>(shared + SequenceShared::kBonus) + 4 * q;
+    const GroupPlace place;
     // By level. level8 has the scores with the other half, the others those with the same half.
     Sum level8{}, level4{}, level2{}, level1{};
     float self[2] = {};
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
-        const int channel = group * kGroup + 4 * q;
-        const LogDecay<kRaw> decay(base + channel);
-        float bonus[4];
-        load4(bonus, u + channel);
-        const Left r_arrived = arrived(strip.r(0), group), k_arrived = arrived(strip.k(0), group);
-        Block log_decays = arrived_decays<W>(strip, group);
+        const LogDecay<kRaw> decay(base + group * kGroup);
+        float u[4];
+        load4(u, bonus + group * kGroup);
+        const Left r_arrived = place.load(strip.r(0), group), k_arrived = place.load(strip.k(0), group);
+        Block log_decays = arrived_decays<W>(strip, place, group);
         __syncwarp();  // what has been read here is about to be overwritten
         add_half_scores<false>(level1, r_arrived, k_arrived);
         const Block r = as_block(r_arrived), k = as_block(k_arrived);
         for (int i = 0; i < 8; ++i) {
             log_decays.x[i] = decay(log_decays.x[i], i % 4);
-            self[i / 4] += r.x[i] * k.x[i] * bonus[i % 4];
+            self[i / 4] += r.x[i] * k.x[i] * u[i % 4];
         }
         const DecayOperands d(log_decays);
         {
-            const Block before = d.sums({picks.before, Picks::kAll, 0, picks.before}), decays = exp2_fast(before);
-            store_group(strip.r(0), group, as_left<false>(r * decays));
-            store_group(strip.k(1), group, as_left<false>(k * decays));
+            const Block before = d.sums(all, kToFirst), decay_before = exp2_fast(before);
+            place.store(strip.r(0), group, as_left<false>(r * decay_before));
+            place.store(strip.k(1), group, as_left<false>(k * decay_before));
             if (g == 7) {  // the last token
-                for (int i = 0; i < 2; ++i) {
-                    const float a = exp2_fast(before.x[4 + 2 * i] + log_decays.x[4 + 2 * i]);
-                    const float b = exp2_fast(before.x[5 + 2 * i] + log_decays.x[5 + 2 * i]);
-                    reinterpret_cast<float2*>(strip_decays + group * kGroup + 8 * i)[q] = make_float2(a, b);
-                }
+                float2* sums = reinterpret_cast<float2*>(decays + group * kGroup) + q;
+                const float *x = before.x + 4, *own = log_decays.x + 4;
+                sums[0] = make_float2(x[0] + own[0], x[1] + own[1]);
+                sums[4] = make_float2(x[2] + own[2], x[3] + own[3]);
             }
         }
         {
-            const Block decays = exp2_fast(d.sums({picks.after, 0, Picks::kAll, picks.after}));
-            store_group(strip.r(1), group, as_left<false>(r * decays));
-            store_group(strip.k(0), group, as_left<false>(k * decays));
+            const Block decay_after = exp2_fast(d.sums(all, kToLast));
+            place.store(strip.r(1), group, as_left<false>(r * decay_after));
+            place.store(strip.k(0), group, as_left<false>(k * decay_after));
         }
         {
-            const Block decays = exp2_fast(d.sums({picks.after, 0, 0, picks.before}));
-            add_half_scores<true>(level8, as_left<false>(r * decays), as_left<false>(k * decays));
+            const Block to_half = exp2_fast(d.sums(all, kToHalf));
+            add_half_scores<true>(level8, as_left<false>(r * to_half), as_left<false>(k * to_half));
         }
         {
-            const Block decays = exp2_fast(d.sums({picks.to4, 0, 0, picks.to4}));
-            add_half_scores<false>(level4, as_left<false>(r * decays), as_left<false>(k * decays));
+            const Block to_quarter = exp2_fast(d.sums(all, kToQuarter));
+            add_half_scores<false>(level4, as_left<false>(r * to_quarter), as_left<false>(k * to_quarter));
         }
         {
-            const Block decays = exp2_fast(d.sums({picks.to2, 0, 0, picks.to2}));
-            add_half_scores<false>(level2, as_left<false>(r * decays), as_left<false>(k * decays));
+            const Block to_eighth = exp2_fast(d.sums(all, kToEighth));
+            add_half_scores<false>(level2, as_left<false>(r * to_eighth), as_left<false>(k * to_eighth));
         }
     }
+    __syncwarp();  // decays holds sums of all groups
+    for (int i = lane; i < kN; i += 32) decays[i] = exp2_fast(decays[i]);
     for (float& x : self) x = row_sum(x);
     float near[4];
     for (int i = 0; i < 4; ++i) {
@@ -274,11 +294,11 @@ __device__ inline Left prepare_strip(Strip strip, float* strip_decays, const flo
                 {}};
 }
 
-// 16 of v's slots (rows) of a state x its kN slots of k. As a sum of the one product it is a right operand of the other.
+// 16 of v's slots (rows) of a state x its kN slots of k. As a sum of the one product it is a right operand of the
+// other.
 struct StripState {
     Sum of[8];
 
-    // Which of those that a block's other direction follows on from; of two neighbouring warps the same place.
     __device__ void store(float4* to) const {
         for (int i = 0; i < 8; ++i) {
             __stcg(to + 32 * i, make_float4(of[i].x[0], of[i].x[1], of[i].x[2], of[i].x[3]));
@@ -325,16 +345,17 @@ struct StripState {
     }
 };
 
-// Step 2, by the four warps of a direction. last: whether the state has somewhere to go after the last strip.
-__device__ inline void sweep(StripState& state, unsigned char* strips, const float* decays, int count, int direction,
-                             int columns, bool last) {
+// Step 2, by kSweepWarps warps. last: whether the state has somewhere to go after the last strip.
+__device__ inline void sweep(StripState& state, unsigned char* shared, int count, int direction, int columns,
+                             bool last) {
+    const float* decays = reinterpret_cast<const float*>(shared + SequenceShared::kDecays);
 #pragma unroll 1
     for (int step = 0; step < count; ++step) {
         const int at = direction ? count - 1 - step : step;
-        const Strip strip{strips + at * Strip::kBytes};
+        const Strip strip{shared + at * Strip::kBytes};
         const Block y = state.results(strip.r(direction));
         if (last || step + 1 < count) state.pass(strip.k(direction), strip.v(), decays + at * kN, columns);
-        wait_for_threads<kSequenceThreads / 2>(1);  // the tiles have been read
+        wait_for_threads<kSweepThreads>(1);  // the tiles have been read
         float4* results = strip.results(direction, columns);
         results[0] = make_float4(y.x[0], y.x[1], y.x[2], y.x[3]);
         results[32] = make_float4(y.x[4], y.x[5], y.x[6], y.x[7]);
@@ -349,16 +370,15 @@ __global__ void __launch_bounds__(kSequenceThreads, 3)
                     const float* __restrict__ u, Sizes sizes, float4* passed, Finish<__nv_bfloat16> finish,
                     __nv_bfloat16* y) {
     extern __shared__ __align__(128) unsigned char shared[];
-    float* decays = reinterpret_cast<float*>(shared + SequenceShared::kDecays);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const int rank = blockIdx.x % kSequenceBlocks;
     const unsigned bh = blockIdx.x / kSequenceBlocks, head = bh % sizes.heads;
     const int tokens = static_cast<int>(sizes.tokens), all = (tokens + kRows - 1) / kRows, half = (all + 1) / 2;
     const int count = rank ? all - half : half, token = (rank * half + warp) * kRows, rows = min(tokens - token, kRows);
     const int64_t stride = sizes.stride(), origin = sizes.offset(bh) + token * stride;
-    const Strip strip{shared + SequenceShared::kStripsAt + warp * Strip::kBytes};
-    Left near{};
-    if (warp < count) {
+    const Strip strip{shared + warp * Strip::kBytes};
+    const bool active = warp < count;
+    if (active) {
         start_decays(strip, w + origin, stride, rows);
         start_tile(strip.r(0), r + origin, stride, rows);
         start_tile(strip.k(0), k + origin, stride, rows);
@@ -366,27 +386,40 @@ __global__ void __launch_bounds__(kSequenceThreads, 3)
         values.load(v + origin, stride, rows);
         if (kFinish && lane < rows) prefetch(finish.gate + origin + lane * stride);
         values.store(strip.v());
-        wait_copies();
-        __syncwarp();
-        near = prepare_strip<W, kFinish>(strip, decays + warp * kN, base + head * kN, u + head * kN);
+    }
+    if (warp < kPicks) {
+        reinterpret_cast<uint4*>(shared + SequenceShared::kPicksAt)[threadIdx.x] = picks(warp);
+    }
+    if (threadIdx.x < kN / 4) {
+        const int at = 4 * threadIdx.x;
+        if (kFinish) copy_async<16>(shared + SequenceShared::kBase + 4 * at, base + head * kN + at);
+        copy_async<16>(shared + SequenceShared::kBonus + 4 * at, u + head * kN + at);
+    }
+    wait_copies();
+    __syncthreads();
+    Left near{};
+    if (active) {
+        float* decays = reinterpret_cast<float*>(shared + SequenceShared::kDecays) + warp * kN;
+        near = prepare_strip<W, kFinish>(strip, decays, shared);
     }
     __syncthreads();
 
-    const int direction = warp / 4, columns = warp % 4;
-    float4* mine = passed + ((bh * 2 + direction) * 4 + columns) * 256 + lane;
-    if (direction == rank) {
+    const auto passed_by = [&](int direction) {
+        return passed + ((bh * 2 + direction) * kSweepWarps + warp) * (32 * 8) + lane;
+    };
+    if (warp < kSweepWarps) {
         StripState state{};
-        sweep(state, shared + SequenceShared::kStripsAt, decays, count, direction, columns, true);
-        state.store(mine);
+        sweep(state, shared, count, rank, warp, true);
+        state.store(passed_by(rank));
     }
     wait_for_cluster();
-    if (direction != rank) {
+    if (warp < kSweepWarps) {
         StripState state;
-        state.load(mine);
-        sweep(state, shared + SequenceShared::kStripsAt, decays, count, direction, columns, false);
+        state.load(passed_by(1 - rank));
+        sweep(state, shared, count, 1 - rank, warp, false);
     }
     __syncthreads();
-    if (warp >= count) return;
+    if (!active) return;
 
     Sum out[8] = {};
     add_product<false>(out, near, strip.v(), 0);
