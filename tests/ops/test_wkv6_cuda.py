@@ -65,8 +65,9 @@ def test_every_decay(kind, tokens):
 
 
 @pytest.mark.parametrize('kind', ['model', 'slow'])
-def test_errors_do_not_grow_with_length(kind):
-    check(inputs(1, 16384, 1, kind), TOLERANCE[torch.float32])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_errors_do_not_grow_with_length(kind, dtype):
+    check(inputs(1, 16384, 1, kind, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -82,7 +83,7 @@ def test_many_sequences(batch):
 
 
 def full_batch(heads: int) -> int:
-    """A batch with a sequence for each processor, as the kernel for short bfloat16 sequences asks for."""
+    """A batch with a sequence for each processor, as the kernels by strips ask for where sequences are short."""
     return torch.cuda.get_device_properties(0).multi_processor_count // heads + 1
 
 
@@ -92,11 +93,14 @@ def check_samples(y: torch.Tensor, exact: torch.Tensor):
     assert error.max() <= TOLERANCE[torch.bfloat16][0] and error.square().mean().sqrt() <= 3.5e-3
 
 
-# Up to 128 tokens and from 225 on, and with few sequences, the kernels for any length run.
-@pytest.mark.parametrize('tokens', [128, 129, 144, 145, 192, 193, 196, 208, 209, 224, 225])
+# By strips from 129 tokens on; up to 224 make one piece. With 1361 the last piece has one block.
+STRIP_TOKENS = [128, 129, 144, 145, 192, 193, 196, 208, 209, 224, 225, 448, 449, 1361]
+
+
+@pytest.mark.parametrize('tokens', STRIP_TOKENS)
 @pytest.mark.parametrize('kind', ['model', 'slow', 'fast', 'mixed'])
 @pytest.mark.parametrize('full', [True, False])
-def test_short_bfloat16_sequences(tokens, kind, full):
+def test_bfloat16_by_strips(tokens, kind, full):
     for w_dtype in (torch.float32, torch.bfloat16):
         case = inputs(full_batch(3) if full else 2, tokens, 3, kind, torch.bfloat16, w_dtype)[:5]
         y, exact = wkv6(*case), fallback.wkv6(*(x.double() for x in case))
@@ -104,8 +108,9 @@ def test_short_bfloat16_sequences(tokens, kind, full):
         assert torch.equal(wkv6(*case), y)
 
 
-def test_short_bfloat16_sequences_take_infinite_decays():
-    r, k, v, w, u, _ = inputs(full_batch(1), 196, 1, dtype=torch.bfloat16)
+@pytest.mark.parametrize('tokens', [196, 700])
+def test_bfloat16_by_strips_takes_infinite_decays(tokens):
+    r, k, v, w, u, _ = inputs(full_batch(1), tokens, 1, dtype=torch.bfloat16)
     w[:, 60:70, :, ::3] = -torch.inf
     finite = w.clamp(min=-1e4)
     y = wkv6(r, k, v, w, u)
@@ -163,7 +168,13 @@ def test_float64():
 
 
 @pytest.mark.parametrize(
-    'size, dtype', [((2, 50, 3), torch.float32), ((2, 700, 3), torch.float32), ((200, 196, 1), torch.bfloat16)]
+    'size, dtype',
+    [
+        ((2, 50, 3), torch.float32),
+        ((2, 700, 3), torch.float32),
+        ((200, 196, 1), torch.bfloat16),
+        ((2, 700, 3), torch.bfloat16),
+    ],
 )
 def test_graph_on_another_stream(size, dtype):
     case = inputs(*size, dtype=dtype)
@@ -230,10 +241,10 @@ def test_gated(size, dtype):
     assert (got.double() - want).norm() <= TOLERANCE[dtype][0] * want.norm()
 
 
-@pytest.mark.parametrize('tokens', [128, 129, 192, 193, 196, 208, 209, 224, 225])
+@pytest.mark.parametrize('tokens', STRIP_TOKENS)
 @pytest.mark.parametrize('base_mean', [-12, -3, 4])  # decays of nearly 1, of all sizes and of nearly 0
 @pytest.mark.parametrize('full', [True, False])
-def test_gated_short_bfloat16_sequences(tokens, base_mean, full):
+def test_gated_bfloat16_by_strips(tokens, base_mean, full):
     given = gated_inputs(full_batch(3) if full else 2, tokens, 3, torch.bfloat16, base_mean)
     got, want = gated_wkv6(*given, 1e-5), gated_by_definition(*given, 1e-5)
     check_samples(got, want)
