@@ -65,9 +65,8 @@ def test_every_decay(kind, tokens):
 
 
 @pytest.mark.parametrize('kind', ['model', 'slow'])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_errors_do_not_grow_with_length(kind, dtype):
-    check(inputs(1, 16384, 1, kind, dtype), TOLERANCE[dtype])
+def test_errors_do_not_grow_with_length(kind):
+    check(inputs(1, 16384, 1, kind), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -106,6 +105,12 @@ def test_bfloat16_by_strips(tokens, kind, full):
         y, exact = wkv6(*case), fallback.wkv6(*(x.double() for x in case))
         check_samples(y, exact)
         assert torch.equal(wkv6(*case), y)
+
+
+@pytest.mark.parametrize('kind', ['model', 'slow'])
+def test_bfloat16_errors_do_not_grow_with_length(kind):
+    case = inputs(1, 16384, 1, kind, torch.bfloat16)[:5]
+    check_samples(wkv6(*case), fallback.wkv6(*(x.double() for x in case)))
 
 
 @pytest.mark.parametrize('tokens', [196, 700])
