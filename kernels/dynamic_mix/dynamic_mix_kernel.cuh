@@ -205,7 +205,8 @@ using Sums = Sum[kBlocks][kParts][2];
 template <typename T, bool kShared, int kBlocks>
 __device__ __forceinline__ void add_product(Sums<kBlocks>& sums, const uint4* a, const uint4* b, int steps,
                                             int step_stride, int block_stride) {
-#pragma unroll 2
+    constexpr int kSteps = kShared ? 2 : 4;  // global memory takes longer
+#pragma unroll kSteps
     for (int step = 0; step < steps; ++step) {
         uint4 left[kParts], right[kBlocks];
 #pragma unroll
@@ -487,14 +488,16 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 1)
     const Weights<kShared> weights(kShared ? copy : packed, args.channels);
     if constexpr (kShared) {
         int i = threadIdx.x;
-        for (const uint4* end : {weights.mix_down, weights.mix_up, weights.end}) {
+        const uint4* const ends[] = {weights.mix_down, weights.mix_up, weights.end};
+        for (const uint4* end : ends) {
             for (; i < end - copy; i += 32 * kTeam * kTeams) copy_async(copy + i, packed + i);
             close_copies();
         }
     }
     Team team(shared);
     // Of the blocks' first tiles, then of their second ones, so that what remains after whole rounds goes to as many
-    // processors as there are. Together, teams go on until the first one is done: tiles past the last one have no rows.
+    // processors as there are. Teams that go together do so until the first one is done: a tile past the last one is
+    // the last row again.
     const int together = kShared ? 0 : team.index * gridDim.x * kTile;
     const int stride = kTeams * gridDim.x * kTile;
     int tile = (team.index * gridDim.x + blockIdx.x) * kTile;
