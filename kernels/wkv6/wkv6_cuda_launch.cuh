@@ -11,6 +11,7 @@
 #include "wkv6_cuda_output.cuh"
 #include "wkv6_cuda_sequence.cuh"
 #include "wkv6_cuda_state.cuh"
+#include "wkv6_cuda_strip_state.cuh"
 
 namespace wkv6 {
 
@@ -23,7 +24,7 @@ constexpr bool kSplitFor = !std::is_same<T, __nv_bfloat16>::value;
 constexpr int kWalkBlocksPerProcessor = 4;
 
 // Shorter sequences leave too many warps of sequence_kernel without a strip.
-constexpr int64_t kLeastSequenceTokens = 129;
+constexpr int64_t kLeastStripTokens = 129;
 
 // Below this many threads with 16 loads in flight each, several threads share each sequence's scan.
 constexpr int kScanThreadsPerProcessor = 512;
@@ -50,46 +51,44 @@ class Launcher {
     int64_t processors() const { return processors_; }
     bool clusters() const { return clusters_; }
 
-    // Programmatic from the second kernel on: the first follows kernels that do not take part.
     template <typename... Parameters, typename... Arguments>
     void operator()(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, Arguments... arguments) {
-        cudaLaunchAttribute early;
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        launch(programmatic_ && launched_++ > 0 ? &early : nullptr, kernel, blocks, threads, shared, arguments...);
+        in_clusters(1, kernel, blocks, threads, shared, arguments...);
     }
 
-    // A call's first kernel, with its blocks in clusters.
+    // Programmatic from the second kernel on: the first follows kernels that do not take part.
     template <typename... Parameters, typename... Arguments>
     void in_clusters(int size, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
                      Arguments... arguments) {
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = size, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;
-        launch(&cluster, kernel, blocks, threads, shared, arguments...);
-    }
-
- private:
-    template <typename... Parameters, typename... Arguments>
-    void launch(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
-                Arguments... arguments) {
         TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "wkv6: too many tokens for one launch: ", blocks,
                     " blocks");
         constexpr int kSharedWithoutAsking = 48 * 1024;
         if (shared > kSharedWithoutAsking) {
             C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
         }
+        cudaLaunchAttribute attributes[2];
+        int count = 0;
+        if (programmatic_ && launched_++ > 0) {
+            attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+        }
+        if (size > 1) {
+            attributes[count].id = cudaLaunchAttributeClusterDimension;
+            auto& dimension = attributes[count++].val.clusterDim;
+            dimension.x = size, dimension.y = dimension.z = 1;
+        }
         cudaLaunchConfig_t config{};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(threads);
         config.dynamicSmemBytes = shared;
         config.stream = stream_;
-        config.attrs = attribute;
-        config.numAttrs = attribute ? 1 : 0;
+        config.attrs = attributes;
+        config.numAttrs = count;
         C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
 
+ private:
     cudaStream_t stream_;
     int processors_ = 0, launched_ = 0;
     bool programmatic_ = false, clusters_ = false;
@@ -131,17 +130,28 @@ void launch_output(Launcher& launch, const Call& call, const Sizes& sizes, const
            base, call.u, reinterpret_cast<const unsigned char*>(states), sizes, finish, static_cast<T*>(y));
 }
 
-// y in one kernel, where sequences are short and enough to fill the device. Returns whether they are.
+// y of bfloat16 sequences by strips, if they are long and, where one piece holds each, many enough. Returns whether
+// they are.
 template <typename T, typename W, bool kFinish = false>
-bool launch_sequences(Launcher& launch, const Call& call, const Sizes& sizes, void* y, const float* base = nullptr,
-                      const Finish<T>& finish = {}) {
+bool launch_strips(Launcher& launch, const Call& call, const Sizes& sizes, void* y, const float* base = nullptr,
+                   const Finish<T>& finish = {}) {
     if constexpr (std::is_same<T, __nv_bfloat16>::value) {
-        const bool fits = sizes.tokens >= kLeastSequenceTokens && sizes.tokens <= kSequenceTokens;
-        if (!fits || sizes.bh < launch.processors() || !launch.clusters()) return false;
-        launch.in_clusters(kSequenceBlocks, sequence_kernel<W, kFinish>, sizes.bh * kSequenceBlocks, kSequenceThreads,
-                           SequenceShared::kBytes, static_cast<const T*>(call.r), static_cast<const T*>(call.k),
-                           static_cast<const T*>(call.v), static_cast<const W*>(call.w), base, call.u, sizes,
-                           reinterpret_cast<float4*>(call.states), finish, static_cast<T*>(y));
+        const Pieces pieces(sizes.tokens);
+        const bool few = pieces.count() == 1 && sizes.bh < launch.processors();
+        if (sizes.tokens < kLeastStripTokens || few || !launch.clusters()) return false;
+        const auto *r = static_cast<const T*>(call.r), *k = static_cast<const T*>(call.k);
+        const auto* v = static_cast<const T*>(call.v);
+        const auto* w = static_cast<const W*>(call.w);
+        auto* states = reinterpret_cast<float4*>(call.states);
+        if (pieces.count() > 1) {
+            launch(strip_state_kernel<W, kFinish>, sizes.bh * pieces.blocks, kStripStateThreads, StripsShared::kBytes,
+                   k, v, w, base, sizes, pieces, states, call.decays);
+            launch(strip_scan_kernel, 2 * sizes.bh * (kN * kN / kThreads), kThreads, 0, call.states, call.decays, sizes,
+                   pieces);
+        }
+        launch.in_clusters(kPieceBlocks, sequence_kernel<W, kFinish>, sizes.bh * pieces.count() * kPieceBlocks,
+                           kSequenceThreads, StripsShared::kBytes, r, k, v, w, base, call.u, sizes, pieces, states,
+                           finish, static_cast<T*>(y));
         return true;
     }
     return false;
@@ -151,7 +161,7 @@ template <typename T, typename W>
 void launch_forward(const Call& call, void* y) {
     const Sizes sizes = sizes_of(call);
     Launcher launch(call.stream);
-    if (launch_sequences<T, W>(launch, call, sizes, y)) return;
+    if (launch_strips<T, W>(launch, call, sizes, y)) return;
     launch_states<T, W>(launch, call, sizes, 1);
     launch_output<T, W>(launch, call, sizes, call.r, call.k, call.v, call.states, y);
 }
@@ -182,7 +192,7 @@ void gated(const Call& call, const Gating& gating, void* y) {
     const Sizes sizes = sizes_of(call);
     Launcher launch(call.stream);
     const Finish<T> finish{static_cast<const T*>(gating.gate), gating.weight, gating.bias, gating.eps};
-    if (launch_sequences<T, T, true>(launch, call, sizes, y, gating.base, finish)) return;
+    if (launch_strips<T, T, true>(launch, call, sizes, y, gating.base, finish)) return;
     launch_states<T, T, true>(launch, call, sizes, 1, gating.base);
     launch_output<T, T, true>(launch, call, sizes, call.r, call.k, call.v, call.states, y, gating.base, finish);
 }

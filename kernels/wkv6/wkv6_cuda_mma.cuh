@@ -125,10 +125,17 @@ __device__ inline float max_or_nan(float x, float y) {
     return z;
 }
 
-// 2^x for x <= 0; relative error 2^-22, and 0 far below.
+// 2^x; relative error 2^-22, 0 far below 0 and infinite far above.
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 1 / x; relative error 2^-23.
+__device__ inline float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -129,7 +129,7 @@ struct Finish {
             load4(scale, weight + channel + group * kGroup);
             load4(shift, bias + channel + group * kGroup);
             for (int i = 0; i < 8; ++i) {
-                const float x = results.x[i], silu = __fdividef(x, 1.f + __expf(-x));
+                const float x = results.x[i], silu = x * reciprocal_fast(1.f + exp2_fast(x * -kLog2E));
                 results.x[i] = fmaf(y[group].x[i] * rstd[i / 4], scale[i % 4], shift[i % 4]) * silu;
             }
             store_block(out + mine + group * kGroup, stride, results, first, second);

@@ -81,6 +81,48 @@ def test_many_sequences(batch):
     check(inputs(batch, 130, 1, 'mixed'), TOLERANCE[torch.float32])
 
 
+def full_batch(heads: int) -> int:
+    """A batch with a sequence for each processor, as the kernels by strips ask for where sequences are short."""
+    return torch.cuda.get_device_properties(0).multi_processor_count // heads + 1
+
+
+def check_samples(y: torch.Tensor, exact: torch.Tensor):
+    """bfloat16 results, sample by sample: what is wrong in one of them would be lost in the norm of all."""
+    error = (y.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+    assert error.max() <= TOLERANCE[torch.bfloat16][0] and error.square().mean().sqrt() <= 3.5e-3
+
+
+# By strips from 129 tokens on; up to 224 make one piece. With 1361 the last piece has one block.
+STRIP_TOKENS = [128, 129, 144, 145, 192, 193, 196, 208, 209, 224, 225, 448, 449, 1361]
+
+
+@pytest.mark.parametrize('tokens', STRIP_TOKENS)
+@pytest.mark.parametrize('kind', ['model', 'slow', 'fast', 'mixed'])
+@pytest.mark.parametrize('full', [True, False])
+def test_bfloat16_by_strips(tokens, kind, full):
+    for w_dtype in (torch.float32, torch.bfloat16):
+        case = inputs(full_batch(3) if full else 2, tokens, 3, kind, torch.bfloat16, w_dtype)[:5]
+        y, exact = wkv6(*case), fallback.wkv6(*(x.double() for x in case))
+        check_samples(y, exact)
+        assert torch.equal(wkv6(*case), y)
+
+
+@pytest.mark.parametrize('kind', ['model', 'slow'])
+def test_bfloat16_errors_do_not_grow_with_length(kind):
+    case = inputs(1, 16384, 1, kind, torch.bfloat16)[:5]
+    check_samples(wkv6(*case), fallback.wkv6(*(x.double() for x in case)))
+
+
+@pytest.mark.parametrize('tokens', [196, 700])
+def test_bfloat16_by_strips_takes_infinite_decays(tokens):
+    r, k, v, w, u, _ = inputs(full_batch(1), tokens, 1, dtype=torch.bfloat16)
+    w[:, 60:70, :, ::3] = -torch.inf
+    finite = w.clamp(min=-1e4)
+    y = wkv6(r, k, v, w, u)
+    check_samples(y, fallback.wkv6(*(x.double() for x in (r, k, v, finite, u))))
+    assert torch.equal(wkv6(r, k, v, finite, u), y)
+
+
 def test_infinite_decay_is_a_reset():
     r, k, v, w, u, gy = inputs(1, 130, 2)
     w[:, 60:70, :, ::3] = -torch.inf
@@ -130,9 +172,17 @@ def test_float64():
     check(mixed, (1e-6, 1e-6))
 
 
-@pytest.mark.parametrize('tokens', [50, 700])
-def test_graph_on_another_stream(tokens):
-    case = inputs(2, tokens, 3)
+@pytest.mark.parametrize(
+    'size, dtype',
+    [
+        ((2, 50, 3), torch.float32),
+        ((2, 700, 3), torch.float32),
+        ((200, 196, 1), torch.bfloat16),
+        ((2, 700, 3), torch.bfloat16),
+    ],
+)
+def test_graph_on_another_stream(size, dtype):
+    case = inputs(*size, dtype=dtype)
     eager = run(*case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -172,12 +222,12 @@ def test_wrong_arguments():
         torch.ops.vision_rwkv.wkv6(r, k, v, w, u.cpu())
 
 
-def gated_inputs(batch, tokens, heads, dtype):
+def gated_inputs(batch, tokens, heads, dtype, base_mean=-3):
     """r, k, v, raw, base, u, gate, weight, bias of `gated_wkv6`."""
     torch.manual_seed(tokens)
     r, k, v, raw, gate = (torch.randn(batch, tokens, heads * N, device='cuda').to(dtype) for _ in range(5))
     base, weight, bias = (torch.randn(heads * N, device='cuda') for _ in range(3))
-    return r, k, v, raw, base - 3, torch.randn(heads, N, device='cuda'), gate, weight, bias
+    return r, k, v, raw, base + base_mean, torch.randn(heads, N, device='cuda'), gate, weight, bias
 
 
 def gated_by_definition(r, k, v, raw, base, u, gate, weight, bias, eps):
@@ -194,6 +244,16 @@ def test_gated(size, dtype):
     got, want = gated_wkv6(*given, 1e-5), gated_by_definition(*given, 1e-5)
     assert got.dtype == dtype and got.shape == want.shape
     assert (got.double() - want).norm() <= TOLERANCE[dtype][0] * want.norm()
+
+
+@pytest.mark.parametrize('tokens', STRIP_TOKENS)
+@pytest.mark.parametrize('base_mean', [-12, -3, 4])  # decays of nearly 1, of all sizes and of nearly 0
+@pytest.mark.parametrize('full', [True, False])
+def test_gated_bfloat16_by_strips(tokens, base_mean, full):
+    given = gated_inputs(full_batch(3) if full else 2, tokens, 3, torch.bfloat16, base_mean)
+    got, want = gated_wkv6(*given, 1e-5), gated_by_definition(*given, 1e-5)
+    check_samples(got, want)
+    assert torch.equal(gated_wkv6(*given, 1e-5), got)
 
 
 def test_gated_takes_views_and_no_tokens_and_other_dtypes():
