@@ -54,23 +54,20 @@ bool runs_here(const Tensor& x, at::TensorList ranks, const Where& where, at::Sc
            static_cast<int64_t>(dim * where.gamma) == dim * where.gamma;
 }
 
-// The parameters in float32, then the factors in the order of the kernel's operands: one buffer of half precision.
+// The factors in the order of the kernel's operands, in one buffer.
 template <typename T>
-Tensor packed(const std::array<Tensor, kParameters>& parameters, const std::array<Tensor, kLowRanks>& ranks,
-              int channels, cudaStream_t stream) {
+Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, cudaStream_t stream) {
     const int sides[] = {kMixes * kRank, kMixes * kRank, kDecayRank, kDecayRank}, units = units_of(channels);
-    int64_t total = 2 * kParameters;
-    for (const int side : sides) total += side;
-    const Tensor buffer = at::empty({total * units * kUnit}, ranks[0].options().dtype(at::kHalf));  // of either kind
+    int64_t total = 0;
+    for (const int side : sides) total += static_cast<int64_t>(side) * units * kUnit;
+    const Tensor buffer = at::empty({total}, ranks[0].options().dtype(at::kHalf));  // of either half precision
+    auto* to = static_cast<uint4*>(buffer.mutable_data_ptr());
     Packings all;
-    all.to = static_cast<float*>(buffer.mutable_data_ptr());
-    for (int i = 0; i < kParameters; ++i) all.parameters[i] = floats(parameters[i]);
-    auto* to = reinterpret_cast<uint4*>(all.to + kParameters * units * kUnit);
     for (int i = 0; i < kPacked; ++i) {
         all.of[i] = {floats(ranks[i]), to, channels, sides[i], i % 2 == 0};
         to += static_cast<int64_t>(sides[i]) * units * kUnit / 8;
     }
-    const dim3 grid((sides[0] / 16 * units * (kUnit / 16) * 32 + kBlock - 1) / kBlock, kPacked + 1);
+    const dim3 grid((sides[0] / 16 * units * (kUnit / 16) * 32 + kBlock - 1) / kBlock, kPacked);
     pack_weights<T><<<grid, kBlock, 0, stream>>>(all);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
     return buffer;
@@ -110,9 +107,9 @@ std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mix
     Tensor out = at::empty({kMixes - 1, x.size(0), x.size(1), x.size(2)}, x.options().dtype(dtype));
     Tensor raw = at::empty(x.sizes(), out.options());
     if (x.numel() == 0) return {out, raw};
-    std::array<Tensor, kParameters> parameters{parameter(weight), parameter(bias)};
+    std::array<Tensor, 1 + kMixes> mix;
     std::array<Tensor, kLowRanks> factors;
-    const Tensor stats_ = parameter(stats);
+    const Tensor weight_ = parameter(weight), bias_ = parameter(bias), stats_ = parameter(stats);
     const int64_t dim = x.size(2) / heads;
     Args args{};
     args.rows = static_cast<int>(x.size(0) * x.size(1)), args.channels = static_cast<int>(x.size(2));
@@ -123,14 +120,17 @@ std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mix
     args.quarter = static_cast<int>(dim * gamma);
     args.by_tokens = Divisor::make(x.size(1)), args.by_width = Divisor::make(std::max<int64_t>(1, width));
     args.by_dim = Divisor::make(dim), args.by_quarter = Divisor::make(args.quarter);
-    for (int i = 0; i <= kMixes; ++i) parameters[2 + i] = parameter(mixes[i]);
+    for (int i = 0; i <= kMixes; ++i) {
+        mix[i] = parameter(mixes[i]);
+        args.mix[i] = floats(mix[i]);
+    }
     for (int i = 0; i < kLowRanks; ++i) factors[i] = parameter(ranks[i]);
-    args.stats = floats(stats_);
+    args.weight = floats(weight_), args.bias = floats(bias_), args.stats = floats(stats_);
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const auto run = [&](auto token, auto result) {
         using X = decltype(token);
         using T = decltype(result);
-        const Tensor weights = packed<T>(parameters, factors, args.channels, stream);
+        const Tensor weights = packed<T>(factors, args.channels, stream);
         launch<X, T>(args, data<X>(x), weights, mutable_data<T>(out), mutable_data<T>(raw), stream);
     };
     const bool wide = x.scalar_type() == at::kFloat;

@@ -39,15 +39,11 @@ constexpr int kInputs = kTeam * (kUnit / 16) * kParts * 32, kTeamMemory = kInput
 struct Args {
     int rows, channels, tokens, height, width, pixels, dim, quarter;  // quarter: channels that move one way
     Divisor by_tokens, by_width, by_dim, by_quarter;
-    const float* stats;  // null without a norm
-
-    // A lane's tokens of a tile, past the last one that one again.
-    __device__ __forceinline__ int row(int tile, int k, int lane) const {
-        return min(tile + 8 * k + lane / 4, rows - 1);
-    }
+    const float* mix[1 + kMixes];
+    const float *weight, *bias, *stats;  // null without a norm
 
     __device__ __forceinline__ float2 stats_of(int token) const {
-        return stats ? __ldg(reinterpret_cast<const float2*>(stats) + token) : make_float2(0, 1);
+        return stats ? reinterpret_cast<const float2*>(stats)[token] : make_float2(0, 1);
     }
 };
 
@@ -70,8 +66,7 @@ __device__ __forceinline__ uint32_t pack<__half>(float x, float y) {
 __host__ __device__ constexpr int units_of(int channels) { return (channels + kUnit - 1) / kUnit; }
 
 // A matrix on its way to blocks of 16 x 16, each 32 lanes' right operands: (channels, others) where it leads down from
-// the channels, else (others, channels). The blocks of half a unit lie together. Down from channels that are missing it
-// is 0; up, they are as those that a lane has in place of them.
+// the channels, else (others, channels). The blocks of half a unit lie together; missing channels' weights are 0.
 struct Packing {
     const float* from;
     uint4* to;
@@ -79,24 +74,13 @@ struct Packing {
     bool down;
 };
 
-constexpr int kPacked = 4, kParameters = 3 + kMixes;
+constexpr int kPacked = 4;
 struct Packings {
     Packing of[kPacked];
-    const float* parameters[kParameters];  // of each channel: weight and bias, null without a norm, and the mixes
-    float* to;                             // one after the other, each padded to whole units
 };
 
 template <typename T>
 __global__ void pack_weights(const __grid_constant__ Packings all) {
-    if (blockIdx.y == kPacked) {
-        const int channels = all.of[0].channels, padded = units_of(channels) * kUnit;
-        for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < kParameters * padded; i += gridDim.x * blockDim.x) {
-            const float* from = all.parameters[i / padded];
-            const int channel = min(i % padded, channels - 1);
-            all.to[i] = from ? from[channel] : i < padded ? 1.0f : 0.0f;
-        }
-        return;
-    }
     const Packing& mine = all.of[blockIdx.y];
     const int inner = mine.others / 16, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     const int block = (blockIdx.x * blockDim.x + threadIdx.x) / 32, half_unit = block / inner;
@@ -109,48 +93,26 @@ __global__ void pack_weights(const __grid_constant__ Packings all) {
         float pair[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            int channel = first + (mine.down ? kChannels * q + 2 * half + j : kChannels * (g / 2) + 2 * tile + g % 2);
+            const int channel = first + (mine.down ? kChannels * q + 2 * half : kChannels * (g / 2) + 2 * tile) +
+                                (mine.down ? j : g % 2);
             const int other = first_other + (mine.down ? 8 * tile + g : 2 * q + 8 * half + j);
-            const bool on = channel < mine.channels;
-            if (!on) channel = mine.channels - kChannels + channel % kChannels;
             const int64_t at = mine.down ? static_cast<int64_t>(channel) * mine.others + other
                                          : static_cast<int64_t>(other) * mine.channels + channel;
-            pair[j] = on || !mine.down ? mine.from[at] : 0.0f;
+            pair[j] = channel < mine.channels ? mine.from[at] : 0.0f;
         }
         out[i] = pack<T>(pair[0], pair[1]);
     }
     mine.to[block * 32 + lane] = make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// What has been packed, in shared memory where it fits there.
-template <bool kShared>
+// The packed weights, in shared memory where they fit there.
 struct Weights {
-    const uint4 *parameters, *mix_down, *mix_up, *decay_down, *decay_up, *end;
-    int padded;  // channels
+    const uint4 *mix_down, *mix_up, *decay_down, *decay_up;
 
-    __device__ __forceinline__ Weights(const uint4* packed, int channels) : parameters(packed) {
-        padded = units_of(channels) * kUnit;
-        mix_down = parameters + padded * (kParameters / 4);
-        mix_up = mix_down + padded * (kMixes * kRank / 8);
-        decay_down = mix_up + padded * (kMixes * kRank / 8);
-        decay_up = decay_down + padded * (kDecayRank / 8);
-        end = decay_up + padded * (kDecayRank / 8);
-    }
-
+    template <bool kShared>
     static __device__ __forceinline__ uint4 read(const uint4* from) {
         if constexpr (kShared) return *from;
         return __ldg(from);
-    }
-
-    // A parameter of a lane's channels.
-    __device__ __forceinline__ void read(int parameter, int channel, float (&to)[kChannels]) const {
-        const uint4* from = parameters + (parameter * padded + channel) / 4;
-#pragma unroll
-        for (int i = 0; i < kChannels / 4; ++i) {
-            const uint4 part = read(from + i);
-            to[4 * i] = __uint_as_float(part.x), to[4 * i + 1] = __uint_as_float(part.y);
-            to[4 * i + 2] = __uint_as_float(part.z), to[4 * i + 3] = __uint_as_float(part.w);
-        }
     }
 };
 
@@ -160,14 +122,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 
-// What is on its way since the last call becomes a group.
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// For all groups but the last kLeft.
-template <int kLeft>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Products
 // -------------------------------------------------------------------------------------------------------
@@ -205,14 +160,13 @@ using Sums = Sum[kBlocks][kParts][2];
 template <typename T, bool kShared, int kBlocks>
 __device__ __forceinline__ void add_product(Sums<kBlocks>& sums, const uint4* a, const uint4* b, int steps,
                                             int step_stride, int block_stride) {
-    constexpr int kSteps = kShared ? 2 : 4;  // global memory takes longer
-#pragma unroll kSteps
+#pragma unroll 4
     for (int step = 0; step < steps; ++step) {
         uint4 left[kParts], right[kBlocks];
 #pragma unroll
         for (int p = 0; p < kParts; ++p) left[p] = a[(step * kParts + p) * 32];
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) right[n] = Weights<kShared>::read(b + step * step_stride + n * block_stride);
+        for (int n = 0; n < kBlocks; ++n) right[n] = Weights::read<kShared>(b + step * step_stride + n * block_stride);
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -249,8 +203,7 @@ __device__ __forceinline__ void write_tanh(const Sums<kBlocks>& sums, uint4* to)
 // A value of each of a lane's channels, for each of its tokens.
 using Values = float[kTokens][kChannels];
 
-// A lane's channels of a unit. Past the last ones it has those again, and writes what another lane writes; but in
-// products they count for nothing.
+// A lane's channels of a unit. Those past the last one are read from the last ones, and count for nothing.
 struct Channels {
     int first;
     bool on;
@@ -259,6 +212,16 @@ struct Channels {
         first = unit * kUnit + lane % 4 * kChannels;
         on = first < args.channels;
         first = min(first, args.channels - kChannels);
+    }
+
+    __device__ __forceinline__ void read(const float* parameter, float (&to)[kChannels]) const {
+#pragma unroll
+        for (int i = 0; i < kChannels; i += 4) {
+            float part[4];
+            load(parameter + first + i, part);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) to[i + j] = part[j];
+        }
     }
 
     // As left operands.
@@ -276,13 +239,15 @@ struct Channels {
         }
     }
 
-    // As rows of `to`.
+    // As rows of `to`, of which the tile's first one is `tile`.
     template <typename T>
     __device__ __forceinline__ void store_rows(const Args& args, const Values& values, T* to, int tile,
                                                int lane) const {
+        const int row = tile + lane / 4;
+        to += static_cast<int64_t>(row) * args.channels + first;
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
-            store(to + static_cast<int64_t>(args.row(tile, k, lane)) * args.channels + first, values[k]);
+            if (on && row + 8 * k < args.rows) store(to + 8 * k * args.channels, values[k]);
         }
     }
 };
@@ -304,7 +269,7 @@ struct Packet {
         const int step = direction % 2 ? args.pixels : -args.pixels, limit = horizontal ? args.width : args.height;
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
-            const int index = args.row(tile, k, lane);
+            const int index = min(tile + 8 * k + lane / 4, args.rows - 1);
             const int position = index - static_cast<int>(args.by_tokens.divide(index)) * args.tokens;
             const int row = static_cast<int>(args.by_width.divide(position)), column = position - row * args.width;
             const int at = (horizontal ? column : row) + step;
@@ -324,19 +289,19 @@ struct Packet {
     }
 
     // Normalised values, and how far those of the neighbours are from them.
-    template <bool kShared>
-    __device__ __forceinline__ void values(const Weights<kShared>& weights, int channel, Values& own,
+    __device__ __forceinline__ void values(const Args& args, const Channels& channels, Values& own,
                                            Values& apart) const {
-        float weight[kChannels], bias[kChannels];
-        weights.read(0, channel, weight);
-        weights.read(1, channel, bias);
+        float weight[kChannels] = {1, 1, 1, 1, 1, 1, 1, 1}, bias[kChannels] = {0, 0, 0, 0, 0, 0, 0, 0};
+        if (args.weight) {
+            channels.read(args.weight, weight);
+            channels.read(args.bias, bias);
+        }
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
-            const float off = -stats[k].x * stats[k].y, far_off = -far_stats[k].x * far_stats[k].y;
 #pragma unroll
             for (int j = 0; j < kChannels; ++j) {
-                const float unit = fmaf(to_float(here[k][j / kVec].values[j % kVec]), stats[k].y, off);
-                const float far = fmaf(to_float(there[k][j / kVec].values[j % kVec]), far_stats[k].y, far_off);
+                const float unit = (to_float(here[k][j / kVec].values[j % kVec]) - stats[k].x) * stats[k].y;
+                const float far = (to_float(there[k][j / kVec].values[j % kVec]) - far_stats[k].x) * far_stats[k].y;
                 own[k][j] = fmaf(unit, weight[j], bias[j]);
                 apart[k][j] = (inside[k] ? fmaf(far, weight[j], bias[j]) : 0.0f) - own[k][j];
             }
@@ -348,10 +313,10 @@ struct Packet {
 // -------------------------------------------------------------------------------------------------------
 
 // The warps that share a tile, as a lane sees them.
+template <bool kShared>
 struct Team {
     int index, warp, lane;
     uint4 *inputs, *low;  // of the lane: what products with all channels, and with low ranks, take
-    int barrier = 0, threads = 32 * kTeam * kTeams;
 
     __device__ __forceinline__ explicit Team(uint4* memory) {
         index = threadIdx.x / (32 * kTeam), warp = threadIdx.x / 32 % kTeam, lane = threadIdx.x % 32;
@@ -359,28 +324,39 @@ struct Team {
         low = inputs + kInputs;
     }
 
-    // Waits for the other warps: for those of all teams, until part() has been called.
+    // Waits for the others. Where weights come from global memory all teams go together, so that one finds in the cache
+    // what the other has read.
     __device__ __forceinline__ void meet() const {
-        asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+        if constexpr (kShared) {
+            asm volatile("bar.sync %0, %1;" ::"r"(1 + index), "n"(32 * kTeam) : "memory");
+        } else {
+            __syncthreads();
+        }
     }
-
-    __device__ __forceinline__ void part() { barrier = 1 + index, threads = 32 * kTeam; }
 };
 
 // A unit's part of the product of all channels with a matrix, of which a warp takes kBlocks blocks.
 template <typename T, bool kShared, int kBlocks>
-__device__ __forceinline__ void add_chunk(Sums<kBlocks>& sums, const Args& args, const Team& team, int chunk,
+__device__ __forceinline__ void add_chunk(Sums<kBlocks>& sums, const Args& args, const Team<kShared>& team, int chunk,
                                           const uint4* down, int inner) {
     const int first = chunk * kTeam, steps = 2 * min(kTeam, units_of(args.channels) - first);
     const uint4* mine = down + (2 * first * inner + team.warp * kBlocks) * 32 + team.lane;
     add_product<T, kShared, kBlocks>(sums, team.inputs, mine, steps, inner * 32, 32);
 }
 
-// The product of `steps` blocks of low ranks with a unit's columns.
+// The product of `steps` blocks of low ranks with a unit's columns, added to start[column].
 template <typename T, bool kShared>
-__device__ __forceinline__ void product_up(const Team& team, const uint4* low, int steps, const uint4* up, int inner,
-                                           Values& out) {
-    Sums<2> sums = {};
+__device__ __forceinline__ void product_up(const Team<kShared>& team, const uint4* low, int steps, const uint4* up,
+                                           int inner, const float (&start)[kChannels], Values& out) {
+    Sums<2> sums;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[n][p][i / 4].x[i % 4] = start[4 * n + i / 4 * 2 + i % 2];
+        }
+    }
     add_product<T, kShared, 2>(sums, low, up + team.lane, steps, 32, inner * 32);
 #pragma unroll
     for (int k = 0; k < kTokens; ++k) {
@@ -391,7 +367,7 @@ __device__ __forceinline__ void product_up(const Team& team, const uint4* low, i
 
 // The inputs of all mixes for a unit: the decay's to the team, the others' to `out`.
 template <typename T, bool kShared>
-__device__ __forceinline__ void mix_unit(const Args& args, const Team& team, const Weights<kShared>& weights, int tile,
+__device__ __forceinline__ void mix_unit(const Args& args, const Team<kShared>& team, const uint4* up, int tile,
                                          int unit, const Values& own, const Values& apart, T* out) {
     const Channels channels(args, unit, team.lane);
     const int64_t plane = static_cast<int64_t>(args.rows) * args.channels;
@@ -399,13 +375,13 @@ __device__ __forceinline__ void mix_unit(const Args& args, const Team& team, con
     for (int i = 0; i < kMixes; ++i) {
         float mix[kChannels];
         Values values;
-        weights.read(3 + i, channels.first, mix);
-        product_up<T, kShared>(team, team.low + 2 * i * kParts * 32, 2,
-                               weights.mix_up + (2 * unit * kMixBlocks + 2 * i) * 32, kMixBlocks, values);
+        channels.read(args.mix[1 + i], mix);
+        product_up<T>(team, team.low + 2 * i * kParts * 32, 2, up + (2 * unit * kMixBlocks + 2 * i) * 32, kMixBlocks,
+                      mix, values);
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
 #pragma unroll
-            for (int j = 0; j < kChannels; ++j) values[k][j] = fmaf(apart[k][j], values[k][j] + mix[j], own[k][j]);
+            for (int j = 0; j < kChannels; ++j) values[k][j] = fmaf(apart[k][j], values[k][j], own[k][j]);
         }
         if (i == 0) {
             channels.write<T>(values, team.inputs + team.warp * (kUnit / 16) * kParts * 32);
@@ -415,10 +391,12 @@ __device__ __forceinline__ void mix_unit(const Args& args, const Team& team, con
     }
 }
 
-// All of a tile's results. `packet` has its first chunk, a unit for each warp, and then that of the tile `next`.
+// All of a tile's results. `packet` has its first chunk, a unit for each warp, and then that of the tile `next`; of
+// weights in shared memory it is read here, for registers that wait for the next tile would not be left to this one.
 template <typename X, typename T, bool kShared>
-__device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Weights<kShared>& weights, Team& team,
-                                         int tile, int next, Packet<X>& packet, T* out, T* raw) {
+__device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Weights& weights,
+                                         const Team<kShared>& team, int tile, int next, Packet<X>& packet, T* out,
+                                         T* raw) {
     const int units = units_of(args.channels), chunks = kShared ? 1 : (units + kTeam - 1) / kTeam;
     Values own, apart;
     Sums<2> low = {};  // a warp has those of one mix
@@ -429,8 +407,9 @@ __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Wei
             const Channels channels(args, unit, team.lane);
             float mix[kChannels];
             Values blend;
-            packet.values(weights, channels.first, own, apart);
-            weights.read(2, channels.first, mix);
+            if constexpr (kShared) packet.read(args, x, tile, unit, team.lane);
+            packet.values(args, channels, own, apart);
+            channels.read(args.mix[0], mix);
 #pragma unroll
             for (int k = 0; k < kTokens; ++k) {
 #pragma unroll
@@ -440,15 +419,12 @@ __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Wei
         }
         const bool last = chunk + 1 == chunks;
         if constexpr (!kShared) packet.read(args, x, tile, last ? team.warp : unit + kTeam, team.lane);
-        if constexpr (kShared) wait_copies<1>();
         team.meet();
         if (team.warp < kMixes) {
             add_chunk<T, kShared, 2>(low, args, team, chunk, weights.mix_down, kMixBlocks);
             if (last) write_tanh<T, 2>(low, team.low + 2 * team.warp * kParts * 32);
         }
-        if constexpr (kShared) wait_copies<0>();
         team.meet();
-        if constexpr (kShared) team.part();
     }
 
     Sums<1> decay = {};  // a warp has 16 columns, or none
@@ -456,11 +432,11 @@ __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Wei
     for (int chunk = 0; chunk < chunks; ++chunk) {
         const int unit = chunk * kTeam + team.warp;
         if (unit < units) {
-            if constexpr (!kShared) packet.values(weights, Channels(args, unit, team.lane).first, own, apart);
-            mix_unit<T>(args, team, weights, tile, unit, own, apart, out);
+            if constexpr (!kShared) packet.values(args, Channels(args, unit, team.lane), own, apart);
+            mix_unit<T>(args, team, weights.mix_up, tile, unit, own, apart, out);
         }
         const bool last = chunk + 1 == chunks;
-        packet.read(args, x, last ? next : tile, last ? team.warp : unit + kTeam, team.lane);
+        if constexpr (!kShared) packet.read(args, x, last ? next : tile, last ? team.warp : unit + kTeam, team.lane);
         team.meet();
         if (team.warp < kDecayBlocks) {
             add_chunk<T, kShared, 1>(decay, args, team, chunk, weights.decay_down, kDecayBlocks);
@@ -470,9 +446,10 @@ __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Wei
     }
 
     for (int unit = team.warp; unit < units; unit += kTeam) {
+        const float nothing[kChannels] = {};
         Values values;
-        product_up<T, kShared>(team, team.low, kDecayBlocks, weights.decay_up + 2 * unit * kDecayBlocks * 32,
-                               kDecayBlocks, values);
+        product_up<T>(team, team.low, kDecayBlocks, weights.decay_up + 2 * unit * kDecayBlocks * 32, kDecayBlocks,
+                      nothing, values);
         Channels(args, unit, team.lane).store_rows(args, values, raw, tile, team.lane);
     }
 }
@@ -485,33 +462,27 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 1)
                T* __restrict__ out, T* __restrict__ raw) {
     extern __shared__ uint4 shared[];
     uint4* const copy = shared + kTeams * kTeamMemory;
-    const Weights<kShared> weights(kShared ? copy : packed, args.channels);
+    const int padded = units_of(args.channels) * kUnit;
+    const int mix_size = padded * (kMixes * kRank / 8), decay_size = padded * (kDecayRank / 8);
     if constexpr (kShared) {
-        int i = threadIdx.x;
-        const uint4* const ends[] = {weights.mix_down, weights.mix_up, weights.end};
-        for (const uint4* end : ends) {
-            for (; i < end - copy; i += 32 * kTeam * kTeams) copy_async(copy + i, packed + i);
-            close_copies();
+        for (int i = threadIdx.x; i < 2 * (mix_size + decay_size); i += 32 * kTeam * kTeams) {
+            copy_async(copy + i, packed + i);
         }
     }
-    Team team(shared);
+    const Team<kShared> team(shared);
     // Of the blocks' first tiles, then of their second ones, so that what remains after whole rounds goes to as many
-    // processors as there are. Teams that go together do so until the first one is done: a tile past the last one is
-    // the last row again.
+    // processors as there are. Together, teams go on until the first one is done: tiles past the last one have no rows.
     const int together = kShared ? 0 : team.index * gridDim.x * kTile;
     const int stride = kTeams * gridDim.x * kTile;
     int tile = (team.index * gridDim.x + blockIdx.x) * kTile;
     Packet<X> packet;
-    packet.read(args, x, tile, team.warp, team.lane);
+    if constexpr (!kShared) packet.read(args, x, tile, team.warp, team.lane);
     if constexpr (kShared) {
-        wait_copies<2>();
-        team.meet();
-        if (tile >= args.rows) {  // the other team counts on what this one copies, twice more
-            wait_copies<0>();
-            team.meet();
-            team.meet();
-        }
+        wait_copies();
+        __syncthreads();
     }
+    const uint4* from = kShared ? copy : packed;
+    const Weights weights{from, from + mix_size, from + 2 * mix_size, from + 2 * mix_size + decay_size};
 #pragma unroll 1
     for (; tile - together < args.rows; tile += stride) {
         mix_tile<X, T, kShared>(args, x, weights, team, tile, tile + stride, packet, out, raw);

@@ -23,8 +23,8 @@ constexpr bool kSplitFor = !std::is_same<T, __nv_bfloat16>::value;
 // sequences enough to fill the device several times.
 constexpr int kWalkBlocksPerProcessor = 4;
 
-// Shorter sequences leave too many warps of sequence_kernel without a strip.
-constexpr int64_t kLeastStripTokens = 129;
+// Shorter sequences are one chunk, which needs no states.
+constexpr int64_t kLeastStripTokens = kChunk + 1;
 
 // Below this many threads with 16 loads in flight each, several threads share each sequence's scan.
 constexpr int kScanThreadsPerProcessor = 512;
@@ -130,14 +130,14 @@ void launch_output(Launcher& launch, const Call& call, const Sizes& sizes, const
            base, call.u, reinterpret_cast<const unsigned char*>(states), sizes, finish, static_cast<T*>(y));
 }
 
-// y of bfloat16 sequences by strips, if they are long and, where one piece holds each, many enough. Returns whether
-// they are.
+// y of bfloat16 sequences by strips, if one piece holds each or there are pieces enough to fill the device. Returns
+// whether it was that.
 template <typename T, typename W, bool kFinish = false>
 bool launch_strips(Launcher& launch, const Call& call, const Sizes& sizes, void* y, const float* base = nullptr,
                    const Finish<T>& finish = {}) {
     if constexpr (std::is_same<T, __nv_bfloat16>::value) {
         const Pieces pieces(sizes.tokens);
-        const bool few = pieces.count() == 1 && sizes.bh < launch.processors();
+        const bool few = pieces.count() > 1 && sizes.bh * pieces.count() < launch.processors();
         if (sizes.tokens < kLeastStripTokens || few || !launch.clusters()) return false;
         const auto *r = static_cast<const T*>(call.r), *k = static_cast<const T*>(call.k);
         const auto* v = static_cast<const T*>(call.v);
