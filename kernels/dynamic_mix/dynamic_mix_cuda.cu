@@ -73,21 +73,31 @@ Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, cudaStre
     return buffer;
 }
 
+template <bool kShared, typename X, typename T>
+void launch_tiles(const Args& args, const X* x, const Tensor& weights, T* out, T* raw, int bytes, int processors,
+                  cudaStream_t stream) {
+    using Here = TilesOf<kShared>;
+    const auto kernel = mix_tokens<X, T, kShared>;
+    const int tiles = (args.rows + Here::kTile - 1) / Here::kTile;
+    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    kernel<<<std::min(processors, tiles), Here::kThreads, bytes, stream>>>(
+        args, x, static_cast<const uint4*>(weights.const_data_ptr()), out, raw);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 template <typename X, typename T>
 void launch(const Args& args, const X* x, const Tensor& weights, T* out, T* raw, cudaStream_t stream) {
     int device, processors, most;
     C10_CUDA_CHECK(cudaGetDevice(&device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const int tiles = (args.rows + kTile - 1) / kTile, tile_bytes = kTeams * kTeamMemory * sizeof(uint4);
-    const int64_t all_bytes = tile_bytes + 2 * weights.numel();
-    const bool shared = all_bytes <= most && units_of(args.channels) <= kTeam;
-    const int bytes = shared ? static_cast<int>(all_bytes) : tile_bytes;
-    const auto kernel = shared ? mix_tokens<X, T, true> : mix_tokens<X, T, false>;
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<std::min(processors, tiles), 32 * kTeam * kTeams, bytes, stream>>>(
-        args, x, static_cast<const uint4*>(weights.const_data_ptr()), out, raw);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const int64_t with_weights = TilesOf<true>::kMemory * sizeof(uint4) + 2 * weights.numel();
+    if (with_weights <= most && units_of(args.channels) <= kTeam) {
+        launch_tiles<true>(args, x, weights, out, raw, static_cast<int>(with_weights), processors, stream);
+    } else {
+        constexpr int kBytes = TilesOf<false>::kMemory * sizeof(uint4);
+        launch_tiles<false>(args, x, weights, out, raw, kBytes, processors, stream);
+    }
 }
 
 std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mixes, at::TensorList ranks,
