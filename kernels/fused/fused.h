@@ -17,11 +17,15 @@ inline std::vector<at::Tensor> cast_weights(at::TensorList weights, at::ScalarTy
     return op.call(weights, dtype, stacked);
 }
 
-inline std::vector<at::Tensor> in_dtype(at::TensorList weights, at::ScalarType dtype) {
+inline bool needs_cast(at::TensorList weights, at::ScalarType dtype) {
     for (const at::Tensor& weight : weights) {
-        if (weight.scalar_type() != dtype) return cast_weights(weights, dtype, 0);
+        if (weight.scalar_type() != dtype) return true;
     }
-    return weights.vec();
+    return false;
+}
+
+inline std::vector<at::Tensor> in_dtype(at::TensorList weights, at::ScalarType dtype) {
+    return needs_cast(weights, dtype) ? cast_weights(weights, dtype, 0) : weights.vec();
 }
 
 // Products. x is (B, T, C), map (D, C) in any dtype; out= leaves autocast out of it.
@@ -46,10 +50,16 @@ struct Maps {
             each = in_dtype(weights, dtype);
             return;
         }
-        const std::vector<at::Tensor> cast = cast_weights(weights, dtype, stacked);
-        stack = cast[0];
+        std::vector<at::Tensor> others = weights.slice(stacked).vec();
+        if (needs_cast(weights, dtype)) {
+            others = cast_weights(weights, dtype, stacked);
+            stack = others[0];
+            others.erase(others.begin());
+        } else {
+            stack = at::stack(weights.slice(0, stacked));
+        }
         each = stack.unbind();
-        each.insert(each.end(), cast.begin() + 1, cast.end());
+        each.insert(each.end(), others.begin(), others.end());
     }
 
     // x, (n, B, T, C), each by its map, as (n, B, T, D).
