@@ -156,8 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& w, const Tenso
 std::tuple<Tensor, Tensor> backward_into(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v,
                                          const Tensor& gy, Tensor& gk, Tensor& gv) {
     check(w, u, k, v);
-    for (const Tensor* x : {&gy, const_cast<const Tensor*>(&gk), const_cast<const Tensor*>(&gv)})
-        check_like_k(*x, "a gradient", k);
+    check_like_k(gy, "gy", k);
+    check_like_k(gk, "gk", k);
+    check_like_k(gv, "gv", k);
     const c10::cuda::CUDAGuard guard(k.device());
     const at::ScalarType dtype = tensor_dtype({&w, &u, &k, &v, &gy}, k);
     const auto fits = [&](const Tensor& x) { return x.is_contiguous() && x.scalar_type() == dtype; };

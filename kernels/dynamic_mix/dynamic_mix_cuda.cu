@@ -76,7 +76,7 @@ Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, cudaStre
 template <bool kShared, typename X, typename T>
 void launch_tiles(const Args& args, const X* x, const Tensor& weights, T* out, T* raw, int bytes, int processors,
                   cudaStream_t stream) {
-    using Here = TilesOf<kShared>;
+    using Here = Tiles<kShared>;
     const auto kernel = mix_tokens<X, T, kShared>;
     const int tiles = (args.rows + Here::kTile - 1) / Here::kTile;
     C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -91,11 +91,11 @@ void launch(const Args& args, const X* x, const Tensor& weights, T* out, T* raw,
     C10_CUDA_CHECK(cudaGetDevice(&device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const int64_t with_weights = TilesOf<true>::kMemory * sizeof(uint4) + 2 * weights.numel();
+    const int64_t with_weights = Tiles<true>::kMemory * sizeof(uint4) + 2 * weights.numel();
     if (with_weights <= most && units_of(args.channels) <= kTeam) {
         launch_tiles<true>(args, x, weights, out, raw, static_cast<int>(with_weights), processors, stream);
     } else {
-        constexpr int kBytes = TilesOf<false>::kMemory * sizeof(uint4);
+        constexpr int kBytes = Tiles<false>::kMemory * sizeof(uint4);
         launch_tiles<false>(args, x, weights, out, raw, kBytes, processors, stream);
     }
 }

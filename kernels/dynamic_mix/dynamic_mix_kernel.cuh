@@ -144,10 +144,12 @@ __device__ __forceinline__ Sum multiply(const Sum& c, uint4 a, uint32_t b0, uint
     return d;
 }
 
-// What depends on a tile's size: kParts times 16 tokens. A processor has one block of kTeams teams, a tile each, with
-// as many registers as these take.
-template <int kParts, int kTeams>
+// What works on tiles: of kParts times 16 tokens, one for each of the kTeams teams of a block, of which a processor has
+// one, with as many registers as these take. Where weights lie in shared memory, small tiles leave registers to more
+// teams, which wait for memory in turns; where they are read from the cache, larger ones read them less often.
+template <bool kShared>
 struct Tiles {
+    static constexpr int kParts = kShared ? 1 : 2, kTeams = kShared ? 3 : 2;
     static constexpr int kTile = 16 * kParts;
     static constexpr int kTokens = 2 * kParts;  // a lane's of them
     static constexpr int kThreads = 32 * kTeam * kTeams;
@@ -161,7 +163,7 @@ struct Tiles {
 
     // sums += a b over `steps` times 16. The left operands of a step lie together, the right ones by the strides;
     // pointers are the lane's.
-    template <typename T, bool kShared, int kBlocks>
+    template <typename T, int kBlocks>
     static __device__ __forceinline__ void add_product(Sums<kBlocks>& sums, const uint4* a, const uint4* b, int steps,
                                                        int step_stride, int block_stride) {
 #pragma unroll 4
@@ -318,7 +320,6 @@ struct Tiles {
     // -------------------------------------------------------------------------------------------------------
 
     // The warps that share a tile, as a lane sees them.
-    template <bool kShared>
     struct Team {
         int index, warp, lane;
         uint4 *inputs, *low;  // of the lane: what products with all channels, and with low ranks, take
@@ -341,19 +342,18 @@ struct Tiles {
     };
 
     // A unit's part of the product of all channels with a matrix, of which a warp takes kBlocks blocks.
-    template <typename T, bool kShared, int kBlocks>
-    static __device__ __forceinline__ void add_chunk(Sums<kBlocks>& sums, const Args& args, const Team<kShared>& team,
-                                                     int chunk, const uint4* down, int inner) {
+    template <typename T, int kBlocks>
+    static __device__ __forceinline__ void add_chunk(Sums<kBlocks>& sums, const Args& args, const Team& team, int chunk,
+                                                     const uint4* down, int inner) {
         const int first = chunk * kTeam, steps = 2 * min(kTeam, units_of(args.channels) - first);
         const uint4* mine = down + (2 * first * inner + team.warp * kBlocks) * 32 + team.lane;
-        add_product<T, kShared, kBlocks>(sums, team.inputs, mine, steps, inner * 32, 32);
+        add_product<T, kBlocks>(sums, team.inputs, mine, steps, inner * 32, 32);
     }
 
     // The product of `steps` blocks of low ranks with a unit's columns, added to start[column].
-    template <typename T, bool kShared>
-    static __device__ __forceinline__ void product_up(const Team<kShared>& team, const uint4* low, int steps,
-                                                      const uint4* up, int inner, const float (&start)[kChannels],
-                                                      Values& out) {
+    template <typename T>
+    static __device__ __forceinline__ void product_up(const Team& team, const uint4* low, int steps, const uint4* up,
+                                                      int inner, const float (&start)[kChannels], Values& out) {
         Sums<2> sums;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -363,7 +363,7 @@ struct Tiles {
                 for (int i = 0; i < 8; ++i) sums[n][p][i / 4].x[i % 4] = start[4 * n + i / 4 * 2 + i % 2];
             }
         }
-        add_product<T, kShared, 2>(sums, low, up + team.lane, steps, 32, inner * 32);
+        add_product<T, 2>(sums, low, up + team.lane, steps, 32, inner * 32);
 #pragma unroll
         for (int k = 0; k < kTokens; ++k) {
 #pragma unroll
@@ -372,10 +372,9 @@ struct Tiles {
     }
 
     // The inputs of all mixes for a unit: the decay's to the team, the others' to `out`.
-    template <typename T, bool kShared>
-    static __device__ __forceinline__ void mix_unit(const Args& args, const Team<kShared>& team, const uint4* up,
-                                                    int tile, int unit, const Values& own, const Values& apart,
-                                                    T* out) {
+    template <typename T>
+    static __device__ __forceinline__ void mix_unit(const Args& args, const Team& team, const uint4* up, int tile,
+                                                    int unit, const Values& own, const Values& apart, T* out) {
         const Channels channels(args, unit, team.lane);
         const int64_t plane = static_cast<int64_t>(args.rows) * args.channels;
 #pragma unroll
@@ -401,10 +400,10 @@ struct Tiles {
     // All of a tile's results. `packet` has its first chunk, a unit for each warp, and then that of the tile `next`; of
     // weights in shared memory it is read here, for registers that wait for the next tile would not be left to this
     // one.
-    template <typename X, typename T, bool kShared>
+    template <typename X, typename T>
     static __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Weights& weights,
-                                                    const Team<kShared>& team, int tile, int next, Packet<X>& packet,
-                                                    T* out, T* raw) {
+                                                    const Team& team, int tile, int next, Packet<X>& packet, T* out,
+                                                    T* raw) {
         const int units = units_of(args.channels), chunks = kShared ? 1 : (units + kTeam - 1) / kTeam;
         Values own, apart;
         Sums<2> low = {};  // a warp has those of one mix
@@ -429,7 +428,7 @@ struct Tiles {
             if constexpr (!kShared) packet.read(args, x, tile, last ? team.warp : unit + kTeam, team.lane);
             team.meet();
             if (team.warp < kMixes) {
-                add_chunk<T, kShared, 2>(low, args, team, chunk, weights.mix_down, kMixBlocks);
+                add_chunk<T, 2>(low, args, team, chunk, weights.mix_down, kMixBlocks);
                 if (last) write_tanh<T, 2>(low, team.low + 2 * team.warp * kParts * 32);
             }
             team.meet();
@@ -448,7 +447,7 @@ struct Tiles {
                 packet.read(args, x, last ? next : tile, last ? team.warp : unit + kTeam, team.lane);
             team.meet();
             if (team.warp < kDecayBlocks) {
-                add_chunk<T, kShared, 1>(decay, args, team, chunk, weights.decay_down, kDecayBlocks);
+                add_chunk<T, 1>(decay, args, team, chunk, weights.decay_down, kDecayBlocks);
                 if (last) write_tanh<T, 1>(decay, team.low + team.warp * kParts * 32);
             }
             team.meet();
@@ -464,18 +463,13 @@ struct Tiles {
     }
 };
 
-// Where weights lie in shared memory, small tiles leave registers to more teams, which wait for memory in turns; where
-// they are read from the cache, larger ones read them less often.
-template <bool kShared>
-using TilesOf = Tiles<kShared ? 1 : 2, kShared ? 3 : 2>;
-
 // From the tokens x (rows, channels) to the inputs `out` of key, value, receptance and gate, (4, rows, channels), and
 // the decay `raw`, (rows, channels). kShared: the weights fit in shared memory, and the team has a warp for each unit.
 template <typename X, typename T, bool kShared>
-__global__ void __launch_bounds__(TilesOf<kShared>::kThreads, 1)
+__global__ void __launch_bounds__(Tiles<kShared>::kThreads, 1)
     mix_tokens(const __grid_constant__ Args args, const X* __restrict__ x, const uint4* __restrict__ packed,
                T* __restrict__ out, T* __restrict__ raw) {
-    using Here = TilesOf<kShared>;
+    using Here = Tiles<kShared>;
     extern __shared__ uint4 shared[];
     uint4* const copy = shared + Here::kMemory;
     const int padded = units_of(args.channels) * kUnit;
@@ -485,7 +479,7 @@ __global__ void __launch_bounds__(TilesOf<kShared>::kThreads, 1)
             copy_async(copy + i, packed + i);
         }
     }
-    const typename Here::template Team<kShared> team(shared);
+    const typename Here::Team team(shared);
     // Of the blocks' first tiles, then of their second ones, so that what remains after whole rounds goes to as many
     // processors as there are. Together, teams go on until the first one is done: tiles past the last one have no rows.
     const int together = kShared ? 0 : team.index * gridDim.x * Here::kTile;
@@ -501,7 +495,7 @@ __global__ void __launch_bounds__(TilesOf<kShared>::kThreads, 1)
     const Weights weights{from, from + mix_size, from + 2 * mix_size, from + 2 * mix_size + decay_size};
 #pragma unroll 1
     for (; tile - together < args.rows; tile += stride) {
-        Here::template mix_tile<X, T, kShared>(args, x, weights, team, tile, tile + stride, packet, out, raw);
+        Here::template mix_tile<X, T>(args, x, weights, team, tile, tile + stride, packet, out, raw);
     }
 }
 

@@ -39,6 +39,13 @@ inline at::Tensor apply_map(const at::Tensor& x, const at::Tensor& map) {
     return out;
 }
 
+// Writes to `out`, which must be contiguous: of another tensor, rows() are a copy.
+inline void input_gradient(const at::Tensor& g, const at::Tensor& map, const at::Tensor& out) {
+    TORCH_INTERNAL_ASSERT(out.is_contiguous());
+    at::Tensor to = rows(out);
+    at::mm_out(to, rows(g), map.to(g.scalar_type()));
+}
+
 // Maps of one shape side by side, where a GPU multiplies by all of them at once: of few channels a product alone does
 // not fill it.
 struct Maps {
@@ -64,15 +71,14 @@ struct Maps {
 
     // x, (n, B, T, C), each by its map, as (n, B, T, D).
     at::Tensor apply(const at::Tensor& x) const {
-        const int64_t count = x.size(0), tokens = x.size(1) * x.size(2), channels = x.size(3);
-        const at::Tensor out = at::empty({count, x.size(1), x.size(2), each[0].size(0)}, x.options());
-        const at::Tensor from = x.view({count, tokens, channels});
-        at::Tensor to = out.view({count, tokens, out.size(3)});
+        const at::Tensor out = at::empty({x.size(0), x.size(1), x.size(2), each[0].size(0)}, x.options());
+        const at::Tensor from = x.flatten(1, 2);
+        at::Tensor to = out.flatten(1, 2);
         if (stack.defined()) {
             at::bmm_out(to, from, stack.transpose(1, 2));
             return out;
         }
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t i = 0; i < x.size(0); ++i) {
             at::Tensor part = to.select(0, i);
             at::mm_out(part, from.select(0, i), each[i].t());
         }
@@ -81,25 +87,14 @@ struct Maps {
 
     // The gradients of x, given those of the products, g; they go to `out`, which must be contiguous.
     void input_gradients(const at::Tensor& g, const at::Tensor& out) const {
-        const at::Tensor from = g.flatten(1, 2);
-        at::Tensor to = out.view({out.size(0), out.size(1) * out.size(2), out.size(3)});
         if (stack.defined()) {
-            at::bmm_out(to, from, stack);
+            at::Tensor to = out.view({out.size(0), out.size(1) * out.size(2), out.size(3)});
+            at::bmm_out(to, g.flatten(1, 2), stack);
             return;
         }
-        for (int64_t i = 0; i < g.size(0); ++i) {
-            at::Tensor part = to.select(0, i);
-            at::mm_out(part, from.select(0, i), each[i]);
-        }
+        for (int64_t i = 0; i < g.size(0); ++i) input_gradient(g.select(0, i), each[i], out.select(0, i));
     }
 };
-
-// Writes to `out`, which must be contiguous: of another tensor, rows() are a copy.
-inline void input_gradient(const at::Tensor& g, const at::Tensor& map, const at::Tensor& out) {
-    TORCH_INTERNAL_ASSERT(out.is_contiguous());
-    at::Tensor to = rows(out);
-    at::mm_out(to, rows(g), map.to(g.scalar_type()));
-}
 
 // Where a product may leave its sums unrounded, as on CUDA, a float32 weight's gradient is not rounded in between.
 inline bool leaves_unrounded(const at::Tensor& x, const at::Tensor& map) {
