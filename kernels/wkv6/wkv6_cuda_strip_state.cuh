@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kStripStateThreads, 3)
 // sequence and direction.
 static __global__ void __launch_bounds__(kThreads)
     strip_scan_kernel(float* states, const float* __restrict__ decays, Sizes sizes, Pieces pieces) {
-    constexpr int kRun = 16, kNumbers = kN * kN;
+    constexpr int kRun = 50, kNumbers = kN * kN;  // a run's loads are under way together
     const unsigned which = blockIdx.x / (kNumbers / kThreads), bh = which % static_cast<unsigned>(sizes.bh);
     const int direction = which / static_cast<unsigned>(sizes.bh), slots = pieces.slots();
     const int number = blockIdx.x % (kNumbers / kThreads) * kThreads + threadIdx.x;
