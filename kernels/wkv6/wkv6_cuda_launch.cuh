@@ -179,7 +179,7 @@ void launch_backward(const Call& call, const Gradients& out) {
            static_cast<const W*>(call.w), call.u, static_cast<const T*>(call.gy),
            reinterpret_cast<const unsigned char*>(call.states), sizes, static_cast<T*>(out.r), static_cast<T*>(out.k),
            static_cast<W*>(out.w), out.u_parts);
-    launch(bonus_kernel, call.heads, kBonusThreads, 0, out.u_parts, sizes, out.u);
+    launch(bonus_kernel, call.heads * (kN / kBonusChannels), kBonusThreads, 0, out.u_parts, sizes, out.u);
 }
 
 template <typename T>
