@@ -10,6 +10,7 @@
 
 #include "bi_wkv/bi_wkv_cuda.h"
 #include "divisor.cuh"
+#include "programmatic.cuh"
 
 namespace bi_wkv {
 
@@ -128,21 +129,6 @@ __device__ inline float fast_reciprocal(float x) {
 __device__ inline char* shared_memory() {
     extern __shared__ __align__(128) char bi_wkv_shared[];
     return bi_wkv_shared;
-}
-
-// With programmatic launches (compute capability 9.0 on) a kernel may start while the one before it in the stream still
-// runs, once all blocks of that one have allowed it. It reads what that kernel writes only after waiting for its end.
-__device__ inline void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    allow_next_kernel();
 }
 
 // A tile is rows * kRow tokens of kLanes channels of one sample; a thread has kRow tokens of one channel in it.

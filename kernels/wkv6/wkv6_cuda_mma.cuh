@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "programmatic.cuh"
+
 namespace wkv6 {
 
 // Two neighbouring floats in two registers.
@@ -101,21 +103,6 @@ __device__ inline void wait_for_cluster() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
-}
-
-// With programmatic launches (compute capability 9.0 on) a kernel may start while the one before it in the stream still
-// runs, once all blocks of that one have allowed it. It touches what that kernel writes only after waiting for its end.
-__device__ inline void allow_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ inline void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-    allow_next_kernel();
 }
 
 // The larger one, NaN if either is.
