@@ -205,8 +205,10 @@ struct LogDecay : torch::autograd::Function<LogDecay> {
 struct Block : torch::autograd::Function<Block> {
     static variable_list forward(AutogradContext* ctx, at::TensorList inputs, const OperatorHandle& op, DispatchKeySet,
                                  Stack* stack) {
-        static const auto kept = c10::Dispatcher::singleton().findSchemaOrThrow("vision_rwkv::vrwkv_block_kept", "");
+        const std::string name = op.operator_name().name;
+        const auto kept = c10::Dispatcher::singleton().findSchemaOrThrow((name + "_kept").c_str(), "");
         const auto given = arguments(op, *stack);
+        ctx->saved_data["backward"] = name + "_backward";
         ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(with_tensors(given, {}));
         Stack call(given.begin(), given.end());
         {
@@ -224,7 +226,8 @@ struct Block : torch::autograd::Function<Block> {
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& g) {
-        static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("vision_rwkv::vrwkv_block_backward", "");
+        const auto op =
+            c10::Dispatcher::singleton().findSchemaOrThrow(ctx->saved_data["backward"].toStringRef().c_str(), "");
         const auto saved_arguments = ctx->saved_data["arguments"].toTuple();
         const variable_list saved = ctx->get_saved_variables();
         const Values given = with_tensors(saved_arguments->elements(), saved);
@@ -244,26 +247,29 @@ struct Block : torch::autograd::Function<Block> {
     // In the order of the arguments; undefined for those without a gradient.
     static variable_list spread(const Values& given, const variable_list& found) {
         const bool post_norm = given[kPostNorm].toBool();
+        const variable_list norms = given[kNorms].toTensorVector(), mixes = given[kMixes].toTensorVector(),
+                            maps = given[kMaps].toTensorVector(), own = tensors(of_spatial_mix(given));
+        const size_t spatial_mixes = mixes.size() - kChannelMixes, spatial_maps = maps.size() - kMapsAfter;
         variable_list out{found[kGx]};
         const auto add = [&](const Tensor& grad, const Tensor& parameter) {
             out.push_back(grad.to(parameter.scalar_type()).view_symint(parameter.sym_sizes()));
         };
-        const auto column = [&](int half, int64_t i) { return found[half ? kColumns2 : kColumns1].select(0, i); };
+        const auto column = [&](size_t half, size_t i) {
+            return found[half ? kColumns2 : kColumns1].select(0, static_cast<int64_t>(i));
+        };
         if (given[kStats].isTensor()) out.emplace_back();
-        const variable_list norms = given[kNorms].toTensorVector(), mixes = given[kMixes].toTensorVector();
-        size_t other = kOthers;
+        size_t other = kGothers + own.size();
         for (size_t i = 0; i < norms.size(); ++i) {
-            const int half = i / 2, of_mixes = half ? kMixCount - kSpatial : kSpatial;
+            const size_t half = i / 2, of_mixes = half ? kChannelMixes : spatial_mixes;
             add(post_norm ? found[other++] : column(half, of_mixes + i % 2), norms[i]);
         }
-        for (int i = 0; i < kMixCount; ++i) add(i < kSpatial ? column(0, i) : column(1, i - kSpatial), mixes[i]);
-        const variable_list maps = given[kMaps].toTensorVector();
-        for (int i = 0; i < kSpatial; ++i) add(found[kGspatial].select(0, i), maps[i]);
-        for (int i = kSpatial; i < kMapCount; ++i) out.push_back(found[kGmaps + i - kSpatial]);
-        out.push_back(found[kGw]);
-        out.push_back(found[kGu]);
-        for (const size_t gamma : {kGamma1, kGamma2})
-            if (given[gamma].isTensor()) out.push_back(found[other++]);
+        for (size_t i = 0; i < mixes.size(); ++i)
+            add(i < spatial_mixes ? column(0, i) : column(1, i - spatial_mixes), mixes[i]);
+        for (size_t i = 0; i < spatial_maps; ++i) add(found[kGspatial].select(0, static_cast<int64_t>(i)), maps[i]);
+        for (size_t i = 0; i < kMapsAfter; ++i) out.push_back(found[kGmaps + i]);
+        for (size_t i = 0; i < own.size(); ++i) add(found[kGothers + i], own[i]);
+        for (const LastArgument gamma : {kGamma1, kGamma2})
+            if (last(given, gamma).isTensor()) out.push_back(found[other++]);
         return out;
     }
 };
@@ -310,8 +316,10 @@ TORCH_LIBRARY_IMPL(vision_rwkv, Autograd, m) {
         implement<Usual>(m, name);
     implement<Residual>(m, "residual");
     implement<LogDecay>(m, "log_decay");
-    implement<Block>(m, "vrwkv_block");
-    m.impl("vrwkv_block_kept", torch::CppFunction::makeFallthrough());
+    for (const char* name : {"vrwkv_block", "vrwkv6_block"}) {
+        implement<Block>(m, name);
+        m.impl((std::string(name) + "_kept").c_str(), torch::CppFunction::makeFallthrough());
+    }
 }
 
 }  // namespace vision_rwkv

@@ -1,15 +1,14 @@
-// The arguments of the operators of a block, in the order of their schemas.
+// The arguments and the results of the operators of a block, `vrwkv_block` and `vrwkv6_block`, in the order of their
+// schemas.
 #pragma once
 
 #include <ATen/ATen.h>
 #include <ATen/core/ivalue.h>
 
-#include <optional>
-#include <vector>
-
 namespace vision_rwkv {
 
-enum BlockArgument : size_t {
+// The first arguments; then come those of the spatial mix alone, then the last ones.
+enum FirstArgument : size_t {
     kX,
     kStats,
     kNorms,
@@ -17,10 +16,12 @@ enum BlockArgument : size_t {
     kEps2,
     kNextEps,
     kPostNorm,
-    kMixes,
-    kMaps,
-    kW,
-    kU,
+    kMixes,  // of the spatial mix, then of the channel mix
+    kMaps,   // of the spatial mix's tokens, then kMapsAfter more
+    kFirstArguments
+};
+
+enum LastArgument : size_t {
     kGamma1,
     kGamma2,
     kScale1,
@@ -30,25 +31,24 @@ enum BlockArgument : size_t {
     kPixels,
     kGamma,
     kDtype,
-    kBlockArguments  // so many
+    kLastArguments
 };
 
-constexpr int kSpatial = 3;  // mixes of the spatial mix: key, value, receptance; then those of the channel mix
-constexpr int kMixCount = 5, kMapCount = 7, kNormCount = 4;
-constexpr int kOutput = 3, kKey = 4, kReceptance = 5, kValue = 6;  // maps after those of the spatial mix's tokens
+inline const c10::IValue& last(c10::ArrayRef<c10::IValue> given, LastArgument which) {
+    return given[given.size() - kLastArguments + which];
+}
 
-// What vrwkv_block_backward returns, in this order: then, with post_norm, the gradients of the norms, and those of the
-// layer scales that there are. Columns: the gradients of a mix's mixes, then those of the norm before it, (n, C). Those
-// of the first kSpatial maps are one tensor too.
-enum BlockGradient : size_t {
-    kGx,
-    kColumns1,
-    kColumns2,
-    kGw,
-    kGu,
-    kGspatial,
-    kGmaps,
-    kOthers = kGmaps + kMapCount - kSpatial
-};
+inline c10::ArrayRef<c10::IValue> of_spatial_mix(c10::ArrayRef<c10::IValue> given) {
+    return given.slice(kFirstArguments, given.size() - kFirstArguments - kLastArguments);
+}
+
+constexpr size_t kNormCount = 4, kChannelMixes = 2;
+
+enum MapAfter : size_t { kOutput, kKey, kReceptance, kValue, kMapsAfter };
+
+// What the backward operators return: these, the gradients of kMapsAfter maps, those of the spatial mix's arguments,
+// those of the norms with post_norm, and those of the layer scales that there are. Columns: the gradients of a half's
+// mixes, then those of the norm before it, (n, C). kGspatial: of the maps of the spatial mix's tokens, (n, D, C).
+enum BlockGradient : size_t { kGx, kColumns1, kColumns2, kGspatial, kGmaps, kGothers = kGmaps + kMapsAfter };
 
 }  // namespace vision_rwkv

@@ -1,196 +1,161 @@
-// A block of VRWKV6 as one call, see README.md: for every device and for autograd, which see the operators it is made
-// of.
+// The spatial mix of VRWKV6 for the passes of a block, see README.md, and its steps that write where they are told.
 
-#include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
-#include <cstdint>
-#include <initializer_list>
-#include <optional>
 #include <tuple>
-#include <utility>
-#include <vector>
 
-#include "dispatch.h"
-#include "fused/fused.h"
+#include "block/block_passes.h"
+#include "dynamic_mix/dynamic_mix.h"
 
 namespace vision_rwkv {
+namespace block {
 namespace {
 
-using at::Tensor;
-using c10::SymInt;
-using MaybeTensor = std::optional<Tensor>;
+// Data-dependent mixes, WKV6, and the norm of its heads with their gate. It keeps key, value, receptance and gate,
+// (4, B, T, C), the decays, what comes out of WKV6, and that with its norm and gate.
+struct Wkv6Mix {
+    static constexpr const char* kBlock = "vrwkv6_block";
+    static constexpr size_t kMixCount = DynamicMix::kMixCount, kMaps = DynamicMix::kInputs, kKept = 4;
 
-// Of the spatial mix, then of the channel mix; the fifth map of the spatial mix is that of its results.
-constexpr size_t kSpatialMixes = 6, kMixes = 8, kInputs = 4, kSpatialMaps = 5, kMaps = 8, kNorms = 4;
-
-struct LayerNorm {
-    MaybeTensor weight, bias;
-    double eps;
-};
-
-// Where the tokens come from, the dtype of matrix products, and, where autograd does not look on, the maps in it.
-struct Manner {
-    SymInt height, width;
-    int64_t pixels;
-    double gamma;
-    int64_t heads;
-    at::ScalarType dtype;
-    const Maps* quiet;
-};
-
-// What comes after the inputs' maps: parameters of WKV6, and of the norm of its heads.
-struct Heads {
-    const Tensor &decay, &bonus, &weight, &bias;
-    double eps;
-};
-
-// norm(wkv6(r, k, v, -exp(decay + raw))) * silu(gate), all (B, T, C).
-Tensor attention(const Tensor& k, const Tensor& v, const Tensor& r, const Tensor& gate, const Tensor& raw,
-                 const Heads& heads, const Manner& how) {
-    if (how.quiet && k.is_cuda()) {
-        static const auto gated =
-            find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        const Tensor&, const Tensor&, const Tensor&, double)>("vision_rwkv::gated_wkv6");
-        return gated.call(r, k, v, raw, heads.decay, heads.bonus, gate, heads.weight, heads.bias, heads.eps);
+    explicit Wkv6Mix(c10::ArrayRef<IValue> own)
+        : ranks(own[0].toTensorVector()),
+          decay(own[1].toTensor()),
+          bonus(own[2].toTensor()),
+          weight(own[3].toTensor()),
+          bias(own[4].toTensor()),
+          eps(own[5].toDouble()) {
+        TORCH_CHECK(bonus.dim() == 2, "vrwkv6_block: expected a bonus (H, N), got ", bonus.sizes());
     }
-    static const auto decays = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::log_decay");
-    static const auto wkv =
-        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::wkv6");
-    static const auto norm_gate =
-        find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double, at::ScalarType)>(
-            "vision_rwkv::norm_gate");
-    // The sum over the tokens is not bounded, and float16 ends at 65504; the norm that follows takes any size.
-    const auto inner = how.dtype == at::kHalf ? at::kFloat : how.dtype;
-    const auto by_head = [&](const Tensor& x) { return x.unflatten(-1, heads.bonus.sizes()); };
-    const Tensor w = decays.call(raw, heads.decay);
-    const Tensor y =
-        wkv.call(by_head(r.to(inner)), by_head(k.to(inner)), by_head(v.to(inner)), by_head(w), heads.bonus).flatten(2);
-    return norm_gate.call(y, gate, heads.weight, heads.bias, how.heads, heads.eps, how.dtype);
-}
 
-// Key, value, receptance, gate and the raw decays, from tokens that are normalised first where the norm has a weight.
-std::vector<Tensor> inputs_of(const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
-                              const LayerNorm& norm, const MaybeTensor& stats, const Manner& how) {
-    if (how.quiet && x.is_cuda()) {
-        static const auto measure = find<Tensor(const Tensor&, double)>("vision_rwkv::norm_stats");
+    int64_t heads() const { return bonus.size(0); }
+
+    // norm(wkv6(r, k, v, -exp(decay + raw))) * silu(gate).
+    Tensor forward(const Call& call, const Maps& maps, const MaybeTensor& stats, Tensors* kept) const {
         static const auto mix = find<std::tuple<Tensor, Tensor>(
             const Tensor&, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-            SymInt, SymInt, int64_t, double, int64_t, at::ScalarType)>("vision_rwkv::dynamic_mix");
-        const MaybeTensor measured = norm.weight && !stats ? MaybeTensor(measure.call(x, norm.eps)) : stats;
-        const auto [mixed, raw] = mix.call(x, mixes, ranks, norm.weight, norm.bias, measured, how.height, how.width,
-                                           how.pixels, how.gamma, how.heads, how.dtype);
-        const Tensor products = at::matmul(mixed.flatten(1, 2), how.quiet->stack.transpose(1, 2));
-        std::vector<Tensor> out = products.view_symint(mixed.sym_sizes()).unbind();
-        out.push_back(raw);
+            c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>("vision_rwkv::dynamic_mix");
+        static const auto fused =
+            find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                        const Tensor&, const Tensor&, const Tensor&, double)>("vision_rwkv::gated_wkv6");
+        static const auto decays = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::log_decay");
+        static const auto wkv = find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+            "vision_rwkv::wkv6");
+        static const auto norm_gate =
+            find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double, at::ScalarType)>(
+                "vision_rwkv::norm_gate");
+        Tensor kvrg, raw;
+        {
+            const auto [inputs, found] =
+                mix.call(call.x, call.mixes(0), ranks, call.ln[0].weight, call.ln[0].bias, stats, call.height,
+                         call.width, call.pixels, call.gamma, heads(), call.dtype);
+            kvrg = maps.apply(inputs), raw = found;
+        }
+        const Tensor k = kvrg[0], v = kvrg[1], r = kvrg[2], gate = kvrg[3];
+        if (!kept && k.is_cuda()) return fused.call(r, k, v, raw, decay, bonus, gate, weight, bias, eps);
+        const Tensor w = decays.call(raw, decay);
+        const Tensor y = wkv.call(for_wkv(r), for_wkv(k), for_wkv(v), by_head(w), bonus).flatten(2);
+        const Tensor gated = norm_gate.call(y, gate, weight, bias, heads(), eps, call.dtype);
+        if (kept) *kept = {kvrg, w, y, gated};
+        return gated;
+    }
+
+    SpatialGradients backward(const Call& call, const CastMaps& maps, const Tensors& kept, const MaybeTensor& stats,
+                              const Tensor& gz, const Tensor& sum) const {
+        SpatialGradients out;
+        auto [g, graw] = through_heads(call, maps, kept, gz, out);
+        DynamicMix mix{call.x,      call.mixes(0), ranks,       call.ln[0].weight, call.ln[0].bias, stats,
+                       call.height, call.width,    call.pixels, call.gamma,        heads(),         call.dtype};
+        mix.run();
+        out.gspatial = map_gradients(g, mix.inputs(), call.spatial_maps());
+        maps.spatial.input_gradients(g, mix.inputs());
+        g = Tensor();  // what is no longer needed makes room
+        DynamicMix::Gradients found = mix.backward(graw, sum.to(call.x.scalar_type()));
+        out.gx = found.gx, out.columns = found.columns;
+        out.others.insert(out.others.begin(), found.ranks.begin(), found.ranks.end());
         return out;
     }
-    static const auto op =
-        find<std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList, at::TensorList, const MaybeTensor&,
-                                 const MaybeTensor&, const MaybeTensor&, double, SymInt, SymInt, int64_t, double,
-                                 int64_t, at::ScalarType)>("vision_rwkv::dynamic_linear");
-    return op.call(x, mixes, ranks, maps, norm.weight, norm.bias, stats, norm.eps, how.height, how.width, how.pixels,
-                   how.gamma, how.heads, how.dtype);
-}
 
-// What the spatial mix adds to the tokens.
-Tensor spatial_mix(const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
-                   const LayerNorm& norm, const MaybeTensor& stats, const Heads& heads, const Manner& how) {
-    const auto inputs = inputs_of(x, mixes, ranks, maps.slice(0, kInputs), norm, stats, how);
-    const Tensor y = attention(inputs[0], inputs[1], inputs[2], inputs[3], inputs[4], heads, how);
-    return at::matmul(y, maps[kInputs].to(how.dtype).t());
-}
-
-// The values and the receptance of the channel mix.
-std::pair<Tensor, Tensor> channel_mix(const Tensor& x, at::TensorList mixes, at::TensorList maps, const LayerNorm& norm,
-                                      const MaybeTensor& stats, const Manner& how) {
-    if (how.quiet && x.is_cuda()) {
-        static const auto mix =
-            find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                        const MaybeTensor&, SymInt, SymInt, int64_t, double, int64_t, at::ScalarType)>(
-                "vision_rwkv::q_shift");
-        static const auto mlp =
-            find<Tensor(const Tensor&, const Tensor&, const Tensor&)>("vision_rwkv::squared_relu_mlp");
-        const Tensor mixed = mix.call(x, mixes, std::nullopt, norm.weight, norm.bias, stats, how.height, how.width,
-                                      how.pixels, how.gamma, how.heads, how.dtype);
-        return {mlp.call(mixed.select(0, 0), maps[0], maps[2]), at::matmul(mixed.select(0, 1), maps[1].t())};
+ private:
+    // From the gradient of the mix's result to those of key, value, receptance and gate, (4, B, T, C), and of the raw
+    // decays; `out` gets those of the output map, of decay, bonus, and the norm.
+    std::tuple<Tensor, Tensor> through_heads(const Call& call, const CastMaps& maps, const Tensors& kept,
+                                             const Tensor& gz, SpatialGradients& out) const {
+        static const auto of_norm =
+            find<Three(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double,
+                       Tensor&)>("vision_rwkv::norm_gate_backward_");
+        static const auto of_wkv = find<Two(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                            const Tensor&, Tensor&, Tensor&, Tensor&)>("vision_rwkv::wkv6_backward_");
+        static const auto of_decay =
+            find<Two(const Tensor&, const Tensor&, at::ScalarType)>("vision_rwkv::log_decay_backward");
+        const Tensor &kvrg = kept[0], &w = kept[1], &y = kept[2], &gated = kept[3];
+        const Tensor g = at::empty(kvrg.sizes(), kvrg.options());
+        Tensor gk = by_head(g[0]), gv = by_head(g[1]), gr = by_head(g[2]), ggate = g[3];
+        const Tensor ggated = g[0];  // until the key's is there
+        out.goutput = map_gradient(gz, gated, call.map(kOutput));
+        input_gradient(gz, maps.map(kOutput), ggated);
+        const auto [gy, gweight, gbias] = of_norm.call(ggated, y, kvrg[3], weight, bias, heads(), eps, ggate);
+        const auto [gw, gbonus] = of_wkv.call(for_wkv(kvrg[2]), for_wkv(kvrg[0]), for_wkv(kvrg[1]), by_head(w), bonus,
+                                              by_head(gy), gr, gk, gv);
+        const auto [graw, gdecay] = of_decay.call(gw.flatten(2), w, call.dtype);
+        out.others = {gdecay.view(decay.sizes()).to(decay.scalar_type()), gbonus, gweight, gbias};
+        return {g, graw};
     }
+
+    using Two = std::tuple<Tensor, Tensor>;
+    using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+    Tensor by_head(const Tensor& x) const { return x.unflatten(-1, bonus.sizes()); }
+
+    // The sum over the tokens is not bounded, and float16 ends at 65504; the norm that follows takes any size.
+    Tensor for_wkv(const Tensor& x) const { return by_head(x.scalar_type() == at::kHalf ? x.to(at::kFloat) : x); }
+
+    Tensors ranks;
+    Tensor decay, bonus, weight, bias;
+    double eps;
+};
+
+// For devices without kernels of their own.
+
+std::tuple<Tensor, Tensor> wkv6_backward(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
+                                         const Tensor& u, const Tensor& gy, Tensor& gr, Tensor& gk, Tensor& gv) {
     static const auto op =
-        find<std::vector<Tensor>(const Tensor&, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&,
-                                 const MaybeTensor&, double, SymInt, SymInt, int64_t, double, int64_t, at::ScalarType)>(
-            "vision_rwkv::mix_linear");
-    static const auto squared = find<Tensor(const Tensor&, const Tensor&)>("vision_rwkv::squared_relu_linear");
-    const auto kr = op.call(x, mixes, maps.slice(0, 2), norm.weight, norm.bias, stats, norm.eps, how.height, how.width,
-                            how.pixels, how.gamma, how.heads, how.dtype);
-    return {squared.call(kr[0], maps[2]), kr[1]};
+        find<Five(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&)>(
+            "vision_rwkv::wkv6_backward");
+    const auto [r_found, k_found, v_found, gw, gu] = op.call(r, k, v, w, u, gy);
+    gr.copy_(r_found), gk.copy_(k_found), gv.copy_(v_found);
+    return {gw, gu};
 }
 
-// x and the branch z, and the statistics of their sum for a norm with this eps.
-std::tuple<Tensor, Tensor> residual(const Tensor& x, const Tensor& z, const MaybeTensor& gate, const LayerNorm& norm,
-                                    const MaybeTensor& gamma, const MaybeTensor& scale, std::optional<double> eps) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(
-        const Tensor&, const Tensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-        const MaybeTensor&, double, std::optional<double>)>("vision_rwkv::residual");
-    const Tensor sum = x.to(at::promote_types(x.scalar_type(), z.scalar_type()));
-    return op.call(sum, z, gate, norm.weight, norm.bias, gamma, scale, norm.eps, eps);
-}
-
-// Whether autograd has to know of a call with these tensors.
-bool recorded(std::initializer_list<at::TensorList> lists) {
-    if (!at::GradMode::is_enabled()) return false;
-    for (const at::TensorList list : lists)
-        for (const Tensor& x : list)
-            if (x.requires_grad()) return true;
-    return false;
-}
-
-// Arguments as those of vrwkv_block, and: ranks, the low-rank factors of mixes and decay; decay, bonus; the norm of the
-// heads.
-std::tuple<Tensor, Tensor> vrwkv6_block(const Tensor& x, const MaybeTensor& stats, at::TensorList norms, double eps1,
-                                        double eps2, std::optional<double> next_eps, bool post_norm,
-                                        at::TensorList mixes, at::TensorList maps, at::TensorList ranks,
-                                        const Tensor& decay, const Tensor& bonus, const Tensor& head_weight,
-                                        const Tensor& head_bias, double head_eps, const MaybeTensor& gamma1,
-                                        const MaybeTensor& gamma2, const MaybeTensor& scale1, const MaybeTensor& scale2,
-                                        SymInt height, SymInt width, int64_t pixels, double gamma,
-                                        at::ScalarType dtype) {
-    TORCH_CHECK(norms.size() == kNorms && mixes.size() == kMixes && maps.size() == kMaps, "vrwkv6_block: expected ",
-                kNorms, " tensors of norms, ", kMixes, " mixes and ", kMaps, " maps, got ", norms.size(), ", ",
-                mixes.size(), " and ", maps.size());
-    TORCH_CHECK(bonus.dim() == 2, "vrwkv6_block: expected a bonus (H, N), got ", bonus.sizes());
-    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    std::optional<Maps> cast;
-    const auto given = [](const MaybeTensor& gamma) { return gamma ? at::TensorList(*gamma) : at::TensorList(); };
-    const bool quiet =
-        !recorded({x, norms, mixes, maps, ranks, decay, bonus, head_weight, head_bias, given(gamma1), given(gamma2)});
-    if (quiet) {
-        below.emplace();
-        cast.emplace(maps, dtype, kInputs);
-        maps = cast->each;
-    }
-    const LayerNorm ln1{norms[0], norms[1], eps1}, ln2{norms[2], norms[3], eps2}, none{};
-    const Manner how{height, width, pixels, gamma, bonus.size(0), dtype, quiet ? &*cast : nullptr};
-    const Heads heads{decay, bonus, head_weight, head_bias, head_eps};
-
-    const Tensor z = spatial_mix(x, mixes.slice(0, kSpatialMixes), ranks, maps.slice(0, kSpatialMaps),
-                                 post_norm ? none : ln1, stats, heads, how);
-    const auto [middle, middle_stats] = residual(x, z, std::nullopt, post_norm ? ln1 : none, gamma1, scale1,
-                                                 post_norm ? std::nullopt : std::optional(eps2));
-    const auto [values, r] = channel_mix(middle, mixes.slice(kSpatialMixes), maps.slice(kSpatialMaps),
-                                         post_norm ? none : ln2, post_norm ? MaybeTensor() : middle_stats, how);
-    return residual(middle, values, r, post_norm ? ln2 : none, gamma2, scale2, next_eps);
+std::tuple<Tensor, Tensor, Tensor> norm_gate_backward(const Tensor& g, const Tensor& y, const Tensor& gate,
+                                                      const Tensor& weight, const Tensor& bias, int64_t heads,
+                                                      double eps, Tensor& ggate) {
+    static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor>(
+        const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double)>(
+        "vision_rwkv::norm_gate_backward");
+    const auto [gy, gate_found, gweight, gbias] = op.call(g, y, gate, weight, bias, heads, eps);
+    ggate.copy_(gate_found);
+    return {gy, gweight, gbias};
 }
 
 }  // namespace
+}  // namespace block
 
+// ranks: the low-rank factors of mixes and decay; decay, bonus: of WKV6; then the norm of its heads.
 TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
+    block::define<block::Wkv6Mix>(m,
+                                  "Tensor[] ranks, Tensor decay, Tensor bonus, Tensor head_weight, Tensor head_bias, "
+                                  "float head_eps");
     m.def(
-        "vrwkv6_block(Tensor x, Tensor? stats, Tensor[] norms, float eps1, float eps2, float? next_eps, bool "
-        "post_norm, Tensor[] mixes, Tensor[] maps, Tensor[] ranks, Tensor decay, Tensor bonus, Tensor head_weight, "
-        "Tensor head_bias, float head_eps, Tensor? gamma1, Tensor? gamma2, Tensor? scale1, Tensor? scale2, "
-        "SymInt height, SymInt width, int pixels, float gamma, ScalarType dtype) -> (Tensor, Tensor)");
-    m.impl("vrwkv6_block", c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(vrwkv6_block));
+        "wkv6_backward_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor gy, Tensor(a!) gr, Tensor(b!) gk, "
+        "Tensor(c!) gv) -> (Tensor, Tensor)");
+    m.def(
+        "norm_gate_backward_(Tensor g, Tensor y, Tensor gate, Tensor weight, Tensor bias, int heads, float eps, "
+        "Tensor(a!) ggate) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(vision_rwkv, CompositeExplicitAutograd, m) {
+    m.impl("wkv6_backward_", block::wkv6_backward);
+    m.impl("norm_gate_backward_", block::norm_gate_backward);
 }
 
 }  // namespace vision_rwkv

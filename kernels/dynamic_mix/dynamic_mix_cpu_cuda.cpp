@@ -1,108 +1,173 @@
 // The data-dependent mixes of vision_rwkv/ops/dynamic_mix.py, and the linear maps after them with recomputation, on CPU
-// and CUDA: calls of the other operators and ATen's matrix products. What each computes is written down there.
+// and CUDA. What each computes is written down there.
 
-#include <ATen/ATen.h>
+#include "dynamic_mix/dynamic_mix.h"
+
 #include <torch/library.h>
 
-#include <cstdint>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include "dispatch.h"
-#include "fused/fused.h"
-
 namespace vision_rwkv {
-namespace {
 
 using at::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // of x, mixes, delta, weight, bias
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
 
-constexpr size_t kMixCount = 6, kRankCount = 4, kMapCount = 4;
+namespace {
 
-void check_counts(at::TensorList mixes, at::TensorList ranks) {
-    TORCH_CHECK(mixes.size() == kMixCount && ranks.size() == kRankCount, "dynamic_mix: expected ", kMixCount,
-                " mixes and ", kRankCount, " low-rank factors, got ", mixes.size(), " and ", ranks.size());
+// Matrix products: in float32 of half precision, so that they are not rounded. out= leaves autocast out of it.
+void wide_product_out(Tensor out, const Tensor& x, const Tensor& y) {
+    const bool half = x.element_size() == 2;
+    if (half && x.is_cuda() && x.numel() > 0) {
+        at::bmm_out(out, x, y, at::kFloat);
+    } else {
+        at::bmm_out(out, half ? x.to(at::kFloat) : x, half ? y.to(at::kFloat) : y);
+    }
 }
 
-// A matrix product, or several: in float32 of half precision, so that it is not rounded. out= leaves autocast out of
-// it.
 Tensor wide_product(const Tensor& x, const Tensor& y) {
-    const bool half = x.element_size() == 2, two = x.dim() == 2;
-    if (half && x.is_cuda() && x.numel() > 0) return two ? at::mm(x, y, at::kFloat) : at::bmm(x, y, at::kFloat);
-    const Tensor a = half ? x.to(at::kFloat) : x, b = half ? y.to(at::kFloat) : y;
-    Tensor out = at::empty({0}, a.options());
-    return two ? at::mm_out(out, a, b) : at::bmm_out(out, a, b);
+    const Tensor out =
+        at::empty({1, x.size(0), y.size(1)}, x.options().dtype(at::promote_types(x.scalar_type(), at::kFloat)));
+    wide_product_out(out, x.unsqueeze(0), y.unsqueeze(0));
+    return out[0];
 }
 
-// One call's arguments in the order of the schemas, and its steps.
-struct Call {
-    const Tensor& x;
-    at::TensorList mixes_in, ranks_in;
-    const MaybeTensor &weight, &bias;
-    MaybeTensor stats;
-    int64_t height, width, pixels;
-    double gamma;
-    int64_t heads;
-    at::ScalarType dtype;
-    // What the steps leave: the blend for the low ranks and tanh of its product, what they add to the mixes, the inputs
-    // of decay, key, value, receptance and gate, and tanh of the decay's product. wide: before it is rounded to half
-    // precision, of which too few digits of 1 - tanh^2 would be left.
-    Tensors mixes, ranks;
-    Tensor base, wide_z, z, delta, mixed, wide_t, t;
+// The gradient of a factor (D, C) of the product x (M, D) @ factor from that of the product.
+Tensor factor_gradient(const Tensor& x, const Tensor& g, const Tensor& factor) {
+    return map_gradient(x.unsqueeze(0), g.unsqueeze(0), factor);
+}
 
-    // Mixes as q_shift takes them: how much of a token stays.
-    void prepare() {
-        check_counts(mixes_in, ranks_in);
-        Tensors flat;
-        for (const Tensor& mix : mixes_in) flat.push_back(mix.reshape({-1}));
-        mixes = (1 - at::stack(flat)).unbind();
-        ranks = in_dtype(ranks_in, dtype);
-    }
-    at::TensorList first() const { return at::TensorList(mixes).slice(0, 1); }
-    at::TensorList others() const { return at::TensorList(mixes).slice(1); }
+// That of what tanh took, from that of its result.
+Tensor tanh_gradient(const Tensor& g, const Tensor& wide_result, at::ScalarType dtype) {
+    Tensor out = at::empty(g.sizes(), g.options().dtype(dtype));
+    return at::tanh_backward_out(out, g, wide_result);
+}
 
-    Tensor shift(at::TensorList with, const MaybeTensor& off) const {
-        static const auto op =
-            find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                        const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
-                "vision_rwkv::q_shift");
-        return op.call(x, with, off, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
-    }
+Tensor shift_operator(const Tensor& x, at::TensorList with, const MaybeTensor& off, const MaybeTensor& weight,
+                      const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width, int64_t pixels,
+                      double gamma, int64_t heads, at::ScalarType dtype) {
+    static const auto op =
+        find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+                    const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
+            "vision_rwkv::q_shift");
+    return op.call(x, with, off, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
+}
 
-    Gradients shift_backward(const Tensor& g, at::TensorList with, const MaybeTensor& off) const {
-        static const auto op =
-            find<Gradients(const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&,
-                           const MaybeTensor&, const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>(
-                "vision_rwkv::q_shift_backward");
+}  // namespace
+
+// Forward
+// --------------------------------------------------------------------------------------------------------------
+
+Tensor DynamicMix::shift(at::TensorList with, const MaybeTensor& off) const {
+    return shift_operator(x, with, off, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
+}
+
+// (M, 5 R) as (5, M, R).
+Tensor DynamicMix::by_mix(const Tensor& low) const {
+    return low.view({low.size(0), 1 + kInputs, low.size(1) / (1 + kInputs)}).transpose(0, 1);
+}
+
+void DynamicMix::run() {
+    TORCH_CHECK(mixes_in.size() == kMixCount && ranks_in.size() == kRankCount, "dynamic_mix: expected ", kMixCount,
+                " mixes and ", kRankCount, " low-rank factors, got ", mixes_in.size(), " and ", ranks_in.size());
+    Tensors flat;
+    for (const Tensor& mix : mixes_in) flat.push_back(mix.reshape({-1}));
+    mixes = (1 - at::stack(flat)).unbind();
+    ranks = in_dtype(ranks_in, dtype);
+    base = shift(first(), std::nullopt);
+    wide_z = wide_product(rows(base[0]), ranks[0]).tanh_();
+    z = wide_z.to(dtype);
+    delta = at::bmm(by_mix(z), ranks[1]).view({1 + kInputs, x.size(0), x.size(1), x.size(2)});
+    mixed = shift(others(), delta);
+    wide_t = wide_product(rows(mixed[0]), ranks[2]).tanh_();
+    t = wide_t.to(dtype);
+}
+
+// Backward
+// --------------------------------------------------------------------------------------------------------------
+
+// Through tanh(x @ down) @ up, where t is that tanh: to the gradients of both factors and, in place, of x.
+void DynamicMix::through_decay(const Tensor& graw, Tensors& granks) {
+    const Tensor g = rows(graw);
+    granks[3] = factor_gradient(t, g, ranks_in[3]);
+    Tensor input = rows(mixed[0]);
+    const Tensor inner = tanh_gradient(wide_product(g, ranks[3].t()), wide_t, dtype);
+    granks[2] = factor_gradient(input, inner, ranks_in[2]);
+    at::mm_out(input, inner, ranks[2].t());
+}
+
+// The same for the low ranks of the mixes; the gradient of the blend goes to `gbase`, which may lie over it.
+void DynamicMix::through_mixes(const Tensor& gdelta, const Tensor& gbase, Tensors& granks) {
+    const Tensor g = gdelta.flatten(1, 2);
+    granks[1] = at::bmm(by_mix(z).transpose(1, 2), g).to(ranks_in[1].scalar_type());
+    const Tensor gz = at::empty(z.sizes(), wide_z.options());
+    wide_product_out(by_mix(gz), g, ranks[1].transpose(1, 2));
+    const Tensor inner = tanh_gradient(gz, wide_z, dtype);
+    granks[0] = factor_gradient(rows(base[0]), inner, ranks_in[0]);
+    Tensor to = rows(gbase);
+    at::mm_out(to, inner, ranks[0].t());
+}
+
+DynamicMix::Gradients DynamicMix::backward(const Tensor& graw, const MaybeTensor& sum) {
+    Tensors granks(kRankCount);
+    through_decay(graw, granks);
+    return x.is_cuda() ? in_two_passes(sum, std::move(granks)) : by_q_shift(sum, std::move(granks));
+}
+
+// By the gradients of q_shift, once for the inputs and once for the blend.
+DynamicMix::Gradients DynamicMix::by_q_shift(const MaybeTensor& sum, Tensors granks) {
+    static const auto op =
+        find<Five(const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&,
+                  const MaybeTensor&, const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>(
+            "vision_rwkv::q_shift_backward");
+    const auto back = [&](const Tensor& g, at::TensorList with, const MaybeTensor& off) {
         return op.call(g, x, with, off, weight, bias, stats, height, width, pixels, gamma, heads);
-    }
+    };
+    const auto [gx, gothers, gdelta, gweight, gbias] = back(mixed, others(), delta);
+    through_mixes(gdelta, base[0], granks);
+    const auto [gx_first, gfirst, none, gweight_first, gbias_first] = back(base, first(), std::nullopt);
+    gx.add_(gx_first);
+    if (sum) gx.add_(*sum);
+    Tensor columns = at::cat({gfirst, gothers}).neg_();
+    if (weight) columns = at::cat({columns, at::stack({gweight + gweight_first, gbias + gbias_first})});
+    return {gx, columns, granks};
+}
 
-    // (M, 5 R) as (5, M, R).
-    Tensor by_mix(const Tensor& low) const { return low.view({low.size(0), 5, low.size(1) / 5}).transpose(0, 1); }
+// A pass that takes each input's gradient apart into what stays and what goes to the neighbour, then one that shifts
+// the sums of both, together with the gradient of the blend, and adds up.
+DynamicMix::Gradients DynamicMix::in_two_passes(const MaybeTensor& sum, Tensors granks) {
+    static const auto take_apart =
+        find<Three(const Tensor&, const Tensor&, at::TensorList, const Tensor&, const MaybeTensor&, const MaybeTensor&,
+                   const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>(
+            "vision_rwkv::q_shift_parts_backward");
+    static const auto put_together =
+        find<Three(const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&,
+                   const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, const MaybeTensor&,
+                   const MaybeTensor&, std::optional<at::ScalarType>)>("vision_rwkv::q_shift_residual_backward");
+    const auto [gdelta, parts, gothers] =
+        take_apart.call(mixed, x, others(), delta, weight, bias, stats, height, width, pixels, gamma, heads);
+    mixed = delta = Tensor();  // what is no longer needed makes room
+    through_mixes(gdelta, parts[2], granks);
+    const Tensor& like = mixes[0];
+    const auto [gx, none, columns] =
+        put_together.call(parts, x, {at::ones_like(like), at::zeros_like(like), like}, weight, bias, stats, height,
+                          width, pixels, gamma, heads, sum, std::nullopt, std::nullopt);
+    return {gx, at::cat({columns.narrow(0, 2, 1).neg(), gothers, columns.slice(0, 3)}), granks};
+}
 
-    void run() {
-        base = shift(first(), std::nullopt);
-        wide_z = wide_product(rows(base[0]), ranks[0]).tanh_();
-        z = wide_z.to(dtype);
-        delta = at::bmm(by_mix(z), ranks[1]).view({5, x.size(0), x.size(1), x.size(2)});
-        mixed = shift(others(), delta);
-        wide_t = wide_product(rows(mixed[0]), ranks[2]).tanh_();
-        t = wide_t.to(dtype);
-    }
-};
+// The dispatcher's entries
+// --------------------------------------------------------------------------------------------------------------
+
+namespace {
 
 // Only what follows from the inputs: for devices and dtypes without a kernel of their own.
 std::tuple<Tensor, Tensor> dynamic_mix(const Tensor& x, at::TensorList mixes, at::TensorList ranks,
                                        const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats,
                                        int64_t height, int64_t width, int64_t pixels, double gamma, int64_t heads,
                                        at::ScalarType dtype) {
-    Call call{x, mixes, ranks, weight, bias, stats, height, width, pixels, gamma, heads, dtype, {}, {}};
-    call.prepare();
-    call.run();
-    return {call.mixed.narrow(0, 1, kMapCount).clone(), at::mm(call.t, call.ranks[3]).view(x.sizes())};
+    DynamicMix mix{x, mixes, ranks, weight, bias, stats, height, width, pixels, gamma, heads, dtype};
+    mix.run();
+    return {mix.inputs().clone(), at::mm(mix.t, in_dtype(ranks.slice(3), dtype)[0]).view(x.sizes())};
 }
 
 MaybeTensor measured(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& stats, double eps) {
@@ -117,77 +182,61 @@ Tensors dynamic_linear(const Tensor& x, at::TensorList mixes, at::TensorList ran
     static const auto op = find<std::tuple<Tensor, Tensor>(
         const Tensor&, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
         c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>("vision_rwkv::dynamic_mix");
-    TORCH_CHECK(maps_in.size() == kMapCount, "dynamic_linear: expected ", kMapCount, " maps, got ", maps_in.size());
+    constexpr size_t kMaps = DynamicMix::kInputs;
+    TORCH_CHECK(maps_in.size() == kMaps, "dynamic_linear: expected ", kMaps, " maps, got ", maps_in.size());
     const Tensors maps = in_dtype(maps_in, dtype);
     const auto [mixed, raw] = op.call(x, mixes, ranks, weight, bias, measured(x, weight, stats, eps), height, width,
                                       pixels, gamma, heads, dtype);
     Tensors out;
-    for (size_t i = 0; i < kMapCount; ++i) out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
+    for (size_t i = 0; i < kMaps; ++i) out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
     out.push_back(raw);
     return out;
 }
-
-// The gradient of a factor (D, C) of the product x (M, D) @ factor from that of the product.
-Tensor factor_gradient(const Tensor& x, const Tensor& g, const Tensor& factor) {
-    return map_gradient(x.unsqueeze(0), g.unsqueeze(0), factor);
-}
-
-// The steps of a call, backwards.
-struct Backward {
-    Call& call;
-    at::TensorList maps;
-    Tensors granks = Tensors(kRankCount), gmaps;
-
-    // From the gradients of the maps' results to those of the maps and, in place, of their inputs.
-    void through_maps(at::TensorList g) {
-        const Tensors cast = in_dtype(maps, call.dtype);
-        for (size_t i = 0; i < kMapCount; ++i) {
-            const Tensor part = call.mixed.select(0, static_cast<int64_t>(1 + i));
-            gmaps.push_back(map_gradient(g[i], part, maps[i]));
-            input_gradient(g[i], cast[i], part);
-        }
-    }
-
-    // The same for tanh(x @ down) @ up, where t is that tanh and g the gradient of the result, (M, C).
-    void through_decay(const Tensor& g) {
-        granks[3] = factor_gradient(call.t, g, call.ranks_in[3]);
-        Tensor x = rows(call.mixed[0]);
-        const Tensor inner = at::tanh_backward(wide_product(g, call.ranks[3].t()), call.wide_t).to(call.dtype);
-        granks[2] = factor_gradient(x, inner, call.ranks_in[2]);
-        at::mm_out(x, inner, call.ranks[2].t());
-    }
-
-    // And for the low ranks of the mixes.
-    void through_mixes(const Tensor& gdelta) {
-        const Tensor g = gdelta.flatten(1, 2);
-        granks[1] = at::bmm(call.by_mix(call.z).transpose(1, 2), g).to(call.ranks_in[1].scalar_type());
-        const Tensor gz = wide_product(g, call.ranks[1].transpose(1, 2)).transpose(0, 1).reshape(call.z.sizes());
-        const Tensor inner = at::tanh_backward(gz, call.wide_z).to(call.dtype);
-        Tensor x = rows(call.base[0]);
-        granks[0] = factor_gradient(x, inner, call.ranks_in[0]);
-        at::mm_out(x, inner, call.ranks[0].t());
-    }
-};
 
 std::tuple<Tensor, Tensor, Tensors, Tensors, Tensor, Tensor> dynamic_linear_backward(
     at::TensorList g, const Tensor& x, at::TensorList mixes, at::TensorList ranks, at::TensorList maps,
     const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats_in, double eps, int64_t height,
     int64_t width, int64_t pixels, double gamma, int64_t heads, at::ScalarType dtype) {
-    TORCH_CHECK(maps.size() == kMapCount && g.size() == kMapCount + 1, "dynamic_linear: expected ", kMapCount,
-                " maps and ", kMapCount + 1, " gradients, got ", maps.size(), " and ", g.size());
+    constexpr size_t kMaps = DynamicMix::kInputs;
+    TORCH_CHECK(maps.size() == kMaps && g.size() == kMaps + 1, "dynamic_linear: expected ", kMaps, " maps and ",
+                kMaps + 1, " gradients, got ", maps.size(), " and ", g.size());
     const MaybeTensor stats = measured(x, weight, stats_in, eps);
-    Call call{x, mixes, ranks, weight, bias, stats, height, width, pixels, gamma, heads, dtype, {}, {}};
-    call.prepare();
-    call.run();
-    Backward back{call, maps};
-    back.through_maps(g.slice(0, kMapCount));
-    back.through_decay(rows(g[kMapCount]));
-    auto [gx, gothers, gdelta, gweight, gbias] = call.shift_backward(call.mixed, call.others(), call.delta);
-    back.through_mixes(gdelta);
-    const auto [gx_first, gfirst, none, gweight_first, gbias_first] =
-        call.shift_backward(call.base, call.first(), std::nullopt);
-    return {gx.add_(gx_first), at::cat({gfirst, gothers}).neg_(), back.granks,
-            back.gmaps,        gweight.add_(gweight_first),       gbias.add_(gbias_first)};
+    DynamicMix mix{x, mixes, ranks, weight, bias, stats, height, width, pixels, gamma, heads, dtype};
+    mix.run();
+    const Tensors cast = in_dtype(maps, dtype), inputs = mix.inputs().unbind();
+    Tensors gmaps;
+    for (size_t i = 0; i < kMaps; ++i) {
+        gmaps.push_back(map_gradient(g[i], inputs[i], maps[i]));
+        input_gradient(g[i], cast[i], inputs[i]);
+    }
+    const auto [gx, columns, granks] = mix.backward(g[kMaps], std::nullopt);
+    constexpr int64_t kMixes = DynamicMix::kMixCount;
+    const auto of_norm = [&](int64_t i, const MaybeTensor& parameter) {
+        if (!parameter) return at::empty({0}, x.options());
+        return columns.select(0, kMixes + i).to(parameter->scalar_type()).clone();
+    };
+    return {gx,
+            columns.narrow(0, 0, kMixes).to(mixes[0].scalar_type()),
+            granks,
+            gmaps,
+            of_norm(0, weight),
+            of_norm(1, bias)};
+}
+
+// For devices and dtypes without a kernel of their own.
+Three q_shift_parts_backward(const Tensor& g, const Tensor& x, at::TensorList mixes, const Tensor& delta,
+                             const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats,
+                             int64_t height, int64_t width, int64_t pixels, double gamma, int64_t heads) {
+    const auto wide = at::promote_types(g.scalar_type(), at::kFloat);
+    const Tensor one = at::ones_like(mixes[0]), zero = at::zeros_like(mixes[0]);
+    const Tensor both =
+        shift_operator(x, {one, zero}, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads, wide);
+    const Tensor stays = at::stack(mixes).to(wide).view({-1, 1, 1, x.size(2)}) - delta, grad = g.to(wide);
+    const Tensor gdelta = grad * (both[1] - both[0]), stay = (grad * stays).sum(0);
+    const Tensor parts = at::empty({3, x.size(0), x.size(1), x.size(2)}, g.options());
+    parts[0].copy_(stay);
+    parts[1].copy_(grad.sum(0) - stay);
+    return {gdelta.to(g.scalar_type()), parts, gdelta.sum({1, 2})};
 }
 
 void implement(torch::Library& m) {
@@ -196,6 +245,16 @@ void implement(torch::Library& m) {
 }
 
 }  // namespace
+
+// The gradients of q_shift's results, of mixes with deltas, taken apart: those of the deltas as they are added to what
+// goes; the sums over the mixes of what stays and of what goes, in the first two of three parts, of which the last is
+// room for the caller; and the deltas' sums over all tokens, (mixes, C).
+TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
+    m.def(
+        "q_shift_parts_backward(Tensor g, Tensor x, Tensor[] mixes, Tensor delta, Tensor? weight, Tensor? bias, "
+        "Tensor? stats, SymInt height, SymInt width, int pixels, float gamma, int heads) -> (Tensor, Tensor, Tensor)");
+    m.impl("q_shift_parts_backward", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(q_shift_parts_backward));
+}
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CPU, m) {
     m.impl("dynamic_mix", dynamic_mix);

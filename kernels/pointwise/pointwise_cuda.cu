@@ -622,18 +622,15 @@ Tensor norm_gate_cuda(const Tensor& y, const Tensor& gate, const Tensor& weight,
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor& g, const Tensor& y, const Tensor& gate,
-                                                                   const Tensor& weight, const Tensor& bias,
-                                                                   int64_t heads, double eps) {
-    const c10::cuda::CUDAGuard guard(y.device());
-    check_heads(y, gate, weight, bias, heads);
-    check_same("norm_gate", g, y);
-    if (!heads_run_here(y, gate, heads) || g.scalar_type() != gate.scalar_type()) {
-        torch::jit::Stack stack{g, y, gate, weight, bias, heads, eps};
-        call_pytorch("vision_rwkv::norm_gate_backward", stack);
-        return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor()};
-    }
-    const Tensor gy = empty_like(y), ggate = empty_like(gate);
+bool heads_backward_runs_here(const Tensor& g, const Tensor& y, const Tensor& gate, int64_t heads) {
+    return heads_run_here(y, gate, heads) && g.scalar_type() == gate.scalar_type();
+}
+
+// The gradient of the gate goes to ggate, which is contiguous, aligned and of its dtype.
+std::tuple<Tensor, Tensor, Tensor> run_norm_gate_backward(const Tensor& g, const Tensor& y, const Tensor& gate,
+                                                          const Tensor& weight, const Tensor& bias, double eps,
+                                                          const Tensor& ggate) {
+    const Tensor gy = empty_like(y);
     Tensor sums;
     if (y.numel() == 0) {
         sums = new_floats(y, {2, y.size(2)}).zero_();
@@ -650,7 +647,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor&
             });
         });
     }
-    return {gy, ggate, gradient(sums, 0, weight), gradient(sums, 1, bias)};
+    return {gy, gradient(sums, 0, weight), gradient(sums, 1, bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_gate_backward_cuda(const Tensor& g, const Tensor& y, const Tensor& gate,
+                                                                   const Tensor& weight, const Tensor& bias,
+                                                                   int64_t heads, double eps) {
+    const c10::cuda::CUDAGuard guard(y.device());
+    check_heads(y, gate, weight, bias, heads);
+    check_same("norm_gate", g, y);
+    if (!heads_backward_runs_here(g, y, gate, heads)) {
+        torch::jit::Stack stack{g, y, gate, weight, bias, heads, eps};
+        call_pytorch("vision_rwkv::norm_gate_backward", stack);
+        return {stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor()};
+    }
+    const Tensor ggate = empty_like(gate);
+    const auto [gy, gweight, gbias] = run_norm_gate_backward(g, y, gate, weight, bias, eps, ggate);
+    return {gy, ggate, gweight, gbias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_gate_backward_into(const Tensor& g, const Tensor& y, const Tensor& gate,
+                                                           const Tensor& weight, const Tensor& bias, int64_t heads,
+                                                           double eps, Tensor& ggate) {
+    const c10::cuda::CUDAGuard guard(y.device());
+    check_heads(y, gate, weight, bias, heads);
+    check_same("norm_gate", g, y);
+    check_same("norm_gate", ggate, gate);
+    if (heads_backward_runs_here(g, y, gate, heads) && ggate.scalar_type() == gate.scalar_type() &&
+        ggate.is_contiguous() && is_aligned(ggate)) {
+        return run_norm_gate_backward(g, y, gate, weight, bias, eps, ggate);
+    }
+    const auto [gy, found, gweight, gbias] = norm_gate_backward_cuda(g, y, gate, weight, bias, heads, eps);
+    ggate.copy_(found);
+    return {gy, gweight, gbias};
 }
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
@@ -670,6 +699,7 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("log_decay_backward", log_decay_backward_cuda);
     m.impl("norm_gate", norm_gate_cuda);
     m.impl("norm_gate_backward", norm_gate_backward_cuda);
+    m.impl("norm_gate_backward_", norm_gate_backward_into);
 }
 
 }  // namespace pointwise

@@ -19,7 +19,7 @@ constexpr int kNormSlots = 2;                          // weight and bias
 template <typename X, typename G>
 struct TeamTensors {
     const G* g;          // (mixes, rows, C)
-    const X *x, *sum;    // (rows, C)
+    const X *x, *sum;    // (rows, C); sum null for 0
     const float* scale;  // of each sample's branch; null for 1
     X* gx;
     G* gbranch;  // null where nobody wants it
@@ -91,7 +91,8 @@ struct TeamRow {
                 g[i][p] = grad(at.g + i * plane + here);
                 takers[i][p] = grad(at.g + i * plane + here + to_taker);
             }
-            own[p] = x(at.x + here), far[p] = x(at.x + here + to_source), sum[p] = x(at.sum + here);
+            own[p] = x(at.x + here), far[p] = x(at.x + here + to_source);
+            sum[p] = at.sum ? x(at.sum + here) : Pack<X, kPair>{};
             far_stats[p] = all ? all[row + (to_source ? offsets[p] : 0)] : make_float2(0, 1);
         }
         stats = all ? all[row] : make_float2(0, 1);

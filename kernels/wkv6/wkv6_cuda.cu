@@ -154,6 +154,25 @@ Tensor gated_wkv6_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const 
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// Writes gr, gk and gv, which are contiguous, aligned and of r's dtype; gw and gu come back.
+std::tuple<Tensor, Tensor> run_backward(const Prepared& in, const Tensor& w, const Tensor& u, const Tensor& gr,
+                                        const Tensor& gk, const Tensor& gv) {
+    const Tensor gw = at::empty(in.w.sizes(), in.w.options()), gu = at::empty(in.u.sizes(), in.u.options());
+    const Gradients out{gr.mutable_data_ptr(), gk.mutable_data_ptr(),        gv.mutable_data_ptr(),
+                        gw.mutable_data_ptr(), gu.mutable_data_ptr<float>(), in.u_parts.mutable_data_ptr<float>()};
+    switch (in.r.scalar_type()) {
+        case at::kFloat:
+            backward<float>(in.call, out);
+            break;
+        case at::kBFloat16:
+            backward<__nv_bfloat16>(in.call, out);
+            break;
+        default:
+            backward<__half>(in.call, out);
+    }
+    return {gw.to(w.scalar_type()), gu.to(u.scalar_type())};
+}
+
 Five wkv6_backward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
                         const Tensor& gy) {
     const c10::cuda::CUDAGuard guard(r.device());
@@ -166,21 +185,23 @@ Five wkv6_backward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const
         return Five(stack[0].toTensor(), stack[1].toTensor(), stack[2].toTensor(), stack[3].toTensor(),
                     stack[4].toTensor());
     }
-    const Prepared in(r, k, v, w, u, gy);
-    const Tensor gr = like(in.r), gk = like(in.k), gv = like(in.v), gw = like(in.w), gu = like(in.u);
-    const Gradients out{gr.mutable_data_ptr(), gk.mutable_data_ptr(),        gv.mutable_data_ptr(),
-                        gw.mutable_data_ptr(), gu.mutable_data_ptr<float>(), in.u_parts.mutable_data_ptr<float>()};
-    switch (r.scalar_type()) {
-        case at::kFloat:
-            backward<float>(in.call, out);
-            break;
-        case at::kBFloat16:
-            backward<__nv_bfloat16>(in.call, out);
-            break;
-        default:
-            backward<__half>(in.call, out);
+    const Tensor gr = like(r), gk = like(k), gv = like(v);
+    const auto [gw, gu] = run_backward(Prepared(r, k, v, w, u, gy), w, u, gr, gk, gv);
+    return Five(gr, gk, gv, gw, gu);
+}
+
+std::tuple<Tensor, Tensor> wkv6_backward_into(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
+                                              const Tensor& u, const Tensor& gy, Tensor& gr, Tensor& gk, Tensor& gv) {
+    const c10::cuda::CUDAGuard guard(r.device());
+    check(r, {k, v, w, gy, gr, gk, gv}, u);
+    bool direct = r.numel() != 0 && has_kernel(r, k, v, w, u);
+    for (const Tensor& x : {gr, gk, gv}) {
+        direct = direct && x.scalar_type() == r.scalar_type() && x.is_contiguous() && aligned(x).is_same(x);
     }
-    return Five(gr, gk, gv, gw.to(w.scalar_type()), gu.to(u.scalar_type()));
+    if (direct) return run_backward(Prepared(r, k, v, w, u, gy), w, u, gr, gk, gv);
+    const auto [r_found, k_found, v_found, gw, gu] = wkv6_backward_cuda(r, k, v, w, u, gy);
+    gr.copy_(r_found), gk.copy_(k_found), gv.copy_(v_found);
+    return {gw, gu};
 }
 
 }  // namespace
@@ -189,6 +210,7 @@ TORCH_LIBRARY_IMPL(vision_rwkv, CUDA, m) {
     m.impl("wkv6", wkv6_cuda);
     m.impl("gated_wkv6", gated_wkv6_cuda);
     m.impl("wkv6_backward", wkv6_backward_cuda);
+    m.impl("wkv6_backward_", wkv6_backward_into);
 }
 
 }  // namespace wkv6

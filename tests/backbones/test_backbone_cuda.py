@@ -80,8 +80,9 @@ def test_autocast(name, dtype):
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])
 @pytest.mark.parametrize('options', [{}, {'post_norm': True, 'init_values': 0.5}, {'drop_path_rate': 0.5}])
-def test_a_block_equals_its_modules(options, dtype, monkeypatch):
-    model = make(VRWKV, **options).cuda()
+@pytest.mark.parametrize('version', [VRWKV, VRWKV6])
+def test_a_block_equals_its_modules(version, options, dtype, monkeypatch):
+    model = make(version, **options).cuda()
     for part in (model.train(), model.eval()):
         found = []
         for whole in (True, False):

@@ -129,13 +129,16 @@ def operators_of(graph: torch.fx.GraphModule) -> set[str]:
 
 
 @pytest.mark.skipif(not blocks.has_block(), reason='no native code')
-def test_blocks_are_whole_when_compiled_and_in_parts_when_exported():
+@pytest.mark.parametrize(
+    ('version', 'block', 'wkv'), [(VRWKV, 'vrwkv_block', 'bi_wkv'), (VRWKV6, 'vrwkv6_block', 'wkv6')]
+)
+def test_blocks_are_whole_when_compiled_and_in_parts_when_exported(version, block, wkv):
     torch._dynamo.reset()
-    model, seen = make(VRWKV).eval(), set()
+    model, seen = make(version).eval(), set()
     torch.compile(model, fullgraph=True, backend=lambda graph, _: seen.update(operators_of(graph)) or graph)(images())
-    assert 'vision_rwkv.vrwkv_block' in seen and 'vision_rwkv.bi_wkv' not in seen
+    assert f'vision_rwkv.{block}' in seen and f'vision_rwkv.{wkv}' not in seen
     exported = operators_of(torch.export.export(model, (images(),), strict=False).graph_module)
-    assert 'vision_rwkv.bi_wkv' in exported and 'vision_rwkv.vrwkv_block' not in exported
+    assert f'vision_rwkv.{wkv}' in exported and f'vision_rwkv.{block}' not in exported
 
 
 @pytest.mark.skipif(not shutil.which('c++') and not shutil.which('g++'), reason='inductor needs a C++ compiler')

@@ -22,6 +22,12 @@ def within(name: str, args: tuple) -> int:
         return args[0].nbytes
     if name in ('squared_relu_linear_backward', 'gated_linear_backward'):
         return args[1].nbytes
+    if name == 'vrwkv6_block_backward':  # kernels/dynamic_mix, where it takes the inputs' gradients apart
+        x, ranks = args[1], args[10]
+        thin = (ranks[0].shape[1] + ranks[2].shape[1]) / x.shape[2]  # low-rank values: in float32, and rounded
+        # Gradients of the middle and of its branch, the blend, deltas and their gradients, inputs, the raw decay's
+        # gradient, parts; less that of x, which is there at the end.
+        return int((2 + 1 + 1 + 5 + 5 + 5 + 1 + 3 - 2 + 3 * thin) * x.numel() * 2)
     if name in ('wkv6', 'wkv6_backward'):  # kernels/wkv6: states and decays of chunks
         batch, tokens, heads, _ = args[0].shape
         chunks, sets = -(-tokens // 64), 1 if name == 'wkv6' else 2

@@ -107,8 +107,6 @@ class SpatialMix6(nn.Module):
         linears = (self.key, self.value, self.receptance, self.gate, self.output)
         if self.key_norm is not None or not self.shift.pixels or not is_plain(*linears) or is_watched(self.ln_x):
             return None
-        if torch.compiler.is_compiling():
-            return None
         head_norm = (self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
         others = (self._ranks(), self.time_decay, self.time_faaaa, *head_norm)
         return PlainParts(self._mixes(), [linear.weight for linear in linears], 'vrwkv6_block', others)

@@ -31,7 +31,7 @@ def _load() -> str | None:
 
 
 _problem = _load()
-_has_block = hasattr(torch.ops.vision_rwkv, 'vrwkv_block_kept')  # an older library has another vrwkv_block
+_has_block = hasattr(torch.ops.vision_rwkv, 'vrwkv6_block_kept')  # an older library has other blocks
 
 
 def implementation(device: torch.device | str = 'cpu') -> str:
@@ -44,7 +44,7 @@ def implementation(device: torch.device | str = 'cpu') -> str:
 
 
 def has_block() -> bool:
-    """Whether there is `vrwkv_block`, which exists in native code alone (kernels/block)."""
+    """Whether there are `vrwkv_block` and `vrwkv6_block`, which exist in native code alone (kernels/block)."""
     return _has_block
 
 
