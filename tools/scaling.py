@@ -62,7 +62,7 @@ def layer_of(model: nn.Module) -> Layer:
     if isinstance(model, VRWKV6):
         states = 4 * (ceil_div(tokens, CHUNK) - 1) * CHUNK / tokens  # between chunks: 64 x 64 a head, both directions
         products = 25 + thin, 69 + 6 * thin
-        layer = Layer(18 + stats, 10, 10 + states, (28, 0), (65, 171), products, 14 + 2 * thin, 22)
+        layer = Layer(18 + stats, 25 + 3 * thin, 10 + states, (28, 0), (65, 157), products, 14 + 2 * thin, 22)
     else:
         again = 2 if tokens > TILE else 0  # keys and values are read twice, three times in the backward pass
         layer = Layer(14 + stats, 10, 12, (26, 0), (32 + again, 79 + 3 * again), (20, 40), 13, 14)
