@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> dynamic_mix(const Tensor& x, at::TensorList mixes, at
                                        at::ScalarType dtype) {
     DynamicMix mix{x, mixes, ranks, weight, bias, stats, height, width, pixels, gamma, heads, dtype};
     mix.run();
-    return {mix.inputs().clone(), at::mm(mix.t, in_dtype(ranks.slice(3), dtype)[0]).view(x.sizes())};
+    return {mix.inputs().clone(), at::mm(mix.t, mix.ranks[3]).view(x.sizes())};
 }
 
 MaybeTensor measured(const Tensor& x, const MaybeTensor& weight, const MaybeTensor& stats, double eps) {
