@@ -17,7 +17,7 @@ def test_prints_a_row():
     ours, rival, ratio = (float(cell.split()[-1]) for cell in cells[4:7])
     assert cells[4].startswith('vrwkv_t') and cells[5].startswith('deit_t')
     assert ratio == pytest.approx(rival / ours, abs=0.02)
-    assert ('NOT met' in cells[7]) == (ratio < 1)
+    assert cells[7] == benchmark_models.verdict(ratio, 1.0) or ratio == 1.0  # rounded, from either side
 
 
 def test_verdict():
