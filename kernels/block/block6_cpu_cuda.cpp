@@ -31,9 +31,6 @@ struct Wkv6Mix {
 
     // norm(wkv6(r, k, v, -exp(decay + raw))) * silu(gate).
     Tensor forward(const Call& call, const Maps& maps, const MaybeTensor& stats, Tensors* kept) const {
-        static const auto mix = find<std::tuple<Tensor, Tensor>(
-            const Tensor&, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-            c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>("vision_rwkv::dynamic_mix");
         static const auto fused =
             find<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const Tensor&, const Tensor&, const Tensor&, double)>("vision_rwkv::gated_wkv6");
@@ -46,8 +43,8 @@ struct Wkv6Mix {
         Tensor kvrg, raw;
         {
             const auto [inputs, found] =
-                mix.call(call.x, call.mixes(0), ranks, call.ln[0].weight, call.ln[0].bias, stats, call.height,
-                         call.width, call.pixels, call.gamma, heads(), call.dtype);
+                call_dynamic_mix(call.x, call.mixes(0), ranks, call.ln[0].weight, call.ln[0].bias, stats, call.height,
+                                 call.width, call.pixels, call.gamma, heads(), call.dtype);
             kvrg = maps.apply(inputs), raw = found;
         }
         const Tensor k = kvrg[0], v = kvrg[1], r = kvrg[2], gate = kvrg[3];

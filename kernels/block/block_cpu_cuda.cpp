@@ -92,18 +92,14 @@ struct BiWkvMix {
 
 // For devices without kernels of their own.
 
-std::tuple<Tensor, Tensor, Tensor> q_shift_residual_backward(const Tensor& g, const Tensor& x, at::TensorList mixes,
-                                                             const MaybeTensor& weight, const MaybeTensor& bias,
-                                                             const MaybeTensor& stats, int64_t height, int64_t width,
-                                                             int64_t pixels, double gamma, int64_t heads,
-                                                             const MaybeTensor& sum, const MaybeTensor& scale,
-                                                             std::optional<at::ScalarType> branch) {
-    static const auto op =
-        find<Five(const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&,
-                  const MaybeTensor&, const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>(
-            "vision_rwkv::q_shift_backward");
+std::tuple<Tensor, Tensor, Tensor> shift_residual_backward(const Tensor& g, const Tensor& x, at::TensorList mixes,
+                                                           const MaybeTensor& weight, const MaybeTensor& bias,
+                                                           const MaybeTensor& stats, int64_t height, int64_t width,
+                                                           int64_t pixels, double gamma, int64_t heads,
+                                                           const MaybeTensor& sum, const MaybeTensor& scale,
+                                                           std::optional<at::ScalarType> branch) {
     auto [gx, gmixes, none, gweight, gbias] =
-        op.call(g, x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads);
+        q_shift_backward(g, x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads);
     if (sum) gx.add_(*sum);
     Tensor gbranch = branch ? gx : at::empty({0}, x.options());
     if (branch && scale) gbranch = gx * scale->to(gx.scalar_type()).view({-1, 1, 1});
@@ -156,7 +152,7 @@ TORCH_LIBRARY_FRAGMENT(vision_rwkv, m) {
 }
 
 TORCH_LIBRARY_IMPL(vision_rwkv, CompositeExplicitAutograd, m) {
-    m.impl("q_shift_residual_backward", block::q_shift_residual_backward);
+    m.impl("q_shift_residual_backward", block::shift_residual_backward);
     m.impl("squared_relu_backward_", block::squared_relu_backward);
     m.impl("gated_backward_", block::gated_backward);
     m.impl("bi_wkv_backward_", block::bi_wkv_backward);

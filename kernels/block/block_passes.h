@@ -24,6 +24,7 @@
 #include "block/block.h"
 #include "dispatch.h"
 #include "fused/fused.h"
+#include "q_shift/q_shift.h"
 
 namespace vision_rwkv {
 namespace block {
@@ -150,12 +151,8 @@ struct SpatialGradients {
 // --------------------------------------------------------------------------------------------------------------
 
 inline Tensor mixed(const Call& call, int half, const Tensor& x, const MaybeTensor& stats, int64_t heads) {
-    static const auto op =
-        find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                    const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
-            "vision_rwkv::q_shift");
     const Norm& ln = call.ln[half];
-    return op.call(x, call.mixes(half), std::nullopt, ln.weight, ln.bias, stats, call.height, call.width, call.pixels,
+    return q_shift(x, call.mixes(half), std::nullopt, ln.weight, ln.bias, stats, call.height, call.width, call.pixels,
                    call.gamma, heads, call.dtype);
 }
 
@@ -165,13 +162,9 @@ inline std::tuple<Tensor, Tensor, Tensor> mixed_backward(const Call& call, int h
                                                          const MaybeTensor& stats, int64_t heads, const Tensor& sum,
                                                          const MaybeTensor& scale,
                                                          std::optional<at::ScalarType> branch) {
-    static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
-        const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-        c10::SymInt, c10::SymInt, int64_t, double, int64_t, const MaybeTensor&, const MaybeTensor&,
-        std::optional<at::ScalarType>)>("vision_rwkv::q_shift_residual_backward");
     const Norm& ln = call.ln[half];
-    return op.call(g, x, call.mixes(half), ln.weight, ln.bias, stats, call.height, call.width, call.pixels, call.gamma,
-                   heads, sum.to(x.scalar_type()), scale, branch);
+    return q_shift_residual_backward(g, x, call.mixes(half), ln.weight, ln.bias, stats, call.height, call.width,
+                                     call.pixels, call.gamma, heads, sum.to(x.scalar_type()), scale, branch);
 }
 
 // x and the branch z of a half, and the statistics of their sum for a norm with this eps.

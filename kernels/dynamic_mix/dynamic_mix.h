@@ -14,6 +14,19 @@
 
 namespace vision_rwkv {
 
+// The operator: the inputs of key, value, receptance and gate, (4, B, T, C), and the raw decay.
+inline std::tuple<at::Tensor, at::Tensor> call_dynamic_mix(
+    const at::Tensor& x, at::TensorList mixes, at::TensorList ranks, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& stats, int64_t height, int64_t width,
+    int64_t pixels, double gamma, int64_t heads, at::ScalarType dtype) {
+    using Maybe = const std::optional<at::Tensor>&;
+    static const auto op =
+        find<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList, Maybe, Maybe, Maybe,
+                                                c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
+            "vision_rwkv::dynamic_mix");
+    return op.call(x, mixes, ranks, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
+}
+
 // One call: the arguments of `dynamic_mix` in the order of its schema, and what `run` leaves.
 struct DynamicMix {
     using Tensor = at::Tensor;

@@ -5,6 +5,8 @@
 
 #include <torch/library.h>
 
+#include "q_shift/q_shift.h"
+
 namespace vision_rwkv {
 
 using at::Tensor;
@@ -43,23 +45,13 @@ Tensor tanh_gradient(const Tensor& g, const Tensor& wide_result, at::ScalarType 
     return at::tanh_backward_out(out, g, wide_result);
 }
 
-Tensor shift_operator(const Tensor& x, at::TensorList with, const MaybeTensor& off, const MaybeTensor& weight,
-                      const MaybeTensor& bias, const MaybeTensor& stats, int64_t height, int64_t width, int64_t pixels,
-                      double gamma, int64_t heads, at::ScalarType dtype) {
-    static const auto op =
-        find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                    const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
-            "vision_rwkv::q_shift");
-    return op.call(x, with, off, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
-}
-
 }  // namespace
 
 // Forward
 // --------------------------------------------------------------------------------------------------------------
 
 Tensor DynamicMix::shift(at::TensorList with, const MaybeTensor& off) const {
-    return shift_operator(x, with, off, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
+    return q_shift(x, with, off, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
 }
 
 // (M, 5 R) as (5, M, R).
@@ -116,12 +108,8 @@ DynamicMix::Gradients DynamicMix::backward(const Tensor& graw, const MaybeTensor
 
 // By the gradients of q_shift, once for the inputs and once for the blend.
 DynamicMix::Gradients DynamicMix::by_q_shift(const MaybeTensor& sum, Tensors granks) {
-    static const auto op =
-        find<Five(const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&,
-                  const MaybeTensor&, const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>(
-            "vision_rwkv::q_shift_backward");
     const auto back = [&](const Tensor& g, at::TensorList with, const MaybeTensor& off) {
-        return op.call(g, x, with, off, weight, bias, stats, height, width, pixels, gamma, heads);
+        return q_shift_backward(g, x, with, off, weight, bias, stats, height, width, pixels, gamma, heads);
     };
     const auto [gx, gothers, gdelta, gweight, gbias] = back(mixed, others(), delta);
     through_mixes(gdelta, base[0], granks);
@@ -140,18 +128,14 @@ DynamicMix::Gradients DynamicMix::in_two_passes(const MaybeTensor& sum, Tensors 
         find<Three(const Tensor&, const Tensor&, at::TensorList, const Tensor&, const MaybeTensor&, const MaybeTensor&,
                    const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>(
             "vision_rwkv::q_shift_parts_backward");
-    static const auto put_together =
-        find<Three(const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&,
-                   const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, const MaybeTensor&,
-                   const MaybeTensor&, std::optional<at::ScalarType>)>("vision_rwkv::q_shift_residual_backward");
     const auto [gdelta, parts, gothers] =
         take_apart.call(mixed, x, others(), delta, weight, bias, stats, height, width, pixels, gamma, heads);
     mixed = delta = Tensor();  // what is no longer needed makes room
     through_mixes(gdelta, parts[2], granks);
     const Tensor& like = mixes[0];
     const auto [gx, none, columns] =
-        put_together.call(parts, x, {at::ones_like(like), at::zeros_like(like), like}, weight, bias, stats, height,
-                          width, pixels, gamma, heads, sum, std::nullopt, std::nullopt);
+        q_shift_residual_backward(parts, x, {at::ones_like(like), at::zeros_like(like), like}, weight, bias, stats,
+                                  height, width, pixels, gamma, heads, sum, std::nullopt, std::nullopt);
     return {gx, at::cat({columns.narrow(0, 2, 1).neg(), gothers, columns.slice(0, 3)}), granks};
 }
 
@@ -179,14 +163,11 @@ Tensors dynamic_linear(const Tensor& x, at::TensorList mixes, at::TensorList ran
                        const MaybeTensor& weight, const MaybeTensor& bias, const MaybeTensor& stats, double eps,
                        int64_t height, int64_t width, int64_t pixels, double gamma, int64_t heads,
                        at::ScalarType dtype) {
-    static const auto op = find<std::tuple<Tensor, Tensor>(
-        const Tensor&, at::TensorList, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-        c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>("vision_rwkv::dynamic_mix");
     constexpr size_t kMaps = DynamicMix::kInputs;
     TORCH_CHECK(maps_in.size() == kMaps, "dynamic_linear: expected ", kMaps, " maps, got ", maps_in.size());
     const Tensors maps = in_dtype(maps_in, dtype);
-    const auto [mixed, raw] = op.call(x, mixes, ranks, weight, bias, measured(x, weight, stats, eps), height, width,
-                                      pixels, gamma, heads, dtype);
+    const auto [mixed, raw] = call_dynamic_mix(x, mixes, ranks, weight, bias, measured(x, weight, stats, eps), height,
+                                               width, pixels, gamma, heads, dtype);
     Tensors out;
     for (size_t i = 0; i < kMaps; ++i) out.push_back(apply_map(mixed.select(0, static_cast<int64_t>(i)), maps[i]));
     out.push_back(raw);
@@ -230,7 +211,7 @@ Three q_shift_parts_backward(const Tensor& g, const Tensor& x, at::TensorList mi
     const auto wide = at::promote_types(g.scalar_type(), at::kFloat);
     const Tensor one = at::ones_like(mixes[0]), zero = at::zeros_like(mixes[0]);
     const Tensor both =
-        shift_operator(x, {one, zero}, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads, wide);
+        q_shift(x, {one, zero}, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads, wide);
     const Tensor stays = at::stack(mixes).to(wide).view({-1, 1, 1, x.size(2)}) - delta, grad = g.to(wide);
     const Tensor gdelta = grad * (both[1] - both[0]), stay = (grad * stays).sum(0);
     const Tensor parts = at::empty({3, x.size(0), x.size(1), x.size(2)}, g.options());

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "fused/fused.h"
+#include "q_shift/q_shift.h"
 
 namespace vision_rwkv {
 namespace {
@@ -48,18 +49,11 @@ struct Mix {
     }
 
     Tensor forward(at::ScalarType dtype) const {
-        static const auto op =
-            find<Tensor(const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-                        const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t, at::ScalarType)>(
-                "vision_rwkv::q_shift");
-        return op.call(x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
+        return q_shift(x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads, dtype);
     }
 
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& g) const {
-        static const auto op = find<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-            const Tensor&, const Tensor&, at::TensorList, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-            const MaybeTensor&, c10::SymInt, c10::SymInt, int64_t, double, int64_t)>("vision_rwkv::q_shift_backward");
-        return op.call(g, x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads);
+        return q_shift_backward(g, x, mixes, std::nullopt, weight, bias, stats, height, width, pixels, gamma, heads);
     }
 };
 

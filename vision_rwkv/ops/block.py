@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vision_rwkv.ops import _checks, _native
 
@@ -55,7 +56,7 @@ def _backward_fake(g, x, stats, norms, eps1, eps2, next_eps, post_norm, mixes, m
     counts = len(mixes) - CHANNEL_MIXES, CHANNEL_MIXES
     columns = [x.new_empty((n + (0 if post_norm else 2), x.shape[2]), dtype=sums) for n in counts]
     spatial = maps[0].new_empty((len(maps) - MAPS_AFTER, *maps[0].shape))
-    own = [p for given in own for p in (given if isinstance(given, list | tuple) else [given]) if isinstance(p, Tensor)]
+    own = [p for p in tree_leaves(own) if isinstance(p, Tensor)]
     parameters = [*own, *(norms if post_norm else []), *(p for p in (gamma1, gamma2) if p is not None)]
     return [x.new_empty(x.shape), *columns, spatial, *map(torch.empty_like, (*maps[-MAPS_AFTER:], *parameters))]
 
