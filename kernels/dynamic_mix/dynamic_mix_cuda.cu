@@ -3,7 +3,8 @@
 #include <array>
 #include <tuple>
 
-#include "dynamic_mix/dynamic_mix_kernel.cuh"
+#include "dynamic_mix/dynamic_mix_team.cuh"
+#include "dynamic_mix/dynamic_mix_warp.cuh"
 #include "tensors.cuh"
 
 namespace dynamic_mix {
@@ -73,31 +74,26 @@ Tensor packed(const std::array<Tensor, kLowRanks>& ranks, int channels, cudaStre
     return buffer;
 }
 
-template <bool kShared, typename X, typename T>
-void launch_tiles(const Args& args, const X* x, const Tensor& weights, T* out, T* raw, int bytes, int processors,
-                  cudaStream_t stream) {
-    using Here = Tiles<kShared>;
-    const auto kernel = mix_tokens<X, T, kShared>;
-    const int tiles = (args.rows + Here::kTile - 1) / Here::kTile;
-    C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    kernel<<<std::min(processors, tiles), Here::kThreads, bytes, stream>>>(
-        args, x, static_cast<const uint4*>(weights.const_data_ptr()), out, raw);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
+// One block on each processor, unless there are fewer tiles: the warps or teams of the blocks share them.
 template <typename X, typename T>
 void launch(const Args& args, const X* x, const Tensor& weights, T* out, T* raw, cudaStream_t stream) {
     int device, processors, most;
     C10_CUDA_CHECK(cudaGetDevice(&device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    const int64_t with_weights = Tiles<true>::kMemory * sizeof(uint4) + 2 * weights.numel();
-    if (with_weights <= most && units_of(args.channels) <= kTeam) {
-        launch_tiles<true>(args, x, weights, out, raw, static_cast<int>(with_weights), processors, stream);
+    const auto* packed = static_cast<const uint4*>(weights.const_data_ptr());
+    const auto blocks = [&](int tile) { return std::min(processors, (args.rows + tile - 1) / tile); };
+    constexpr int kBytes = sizeof(WarpShared<X>);
+    if (units_of(args.channels) <= kMostUnits && kBytes <= most) {
+        const auto kernel = mix_by_warps<X, T>;
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+        kernel<<<blocks(kTile), kWarpThreads, kBytes, stream>>>(args, x, packed, out, raw);
     } else {
-        constexpr int kBytes = Tiles<false>::kMemory * sizeof(uint4);
-        launch_tiles<false>(args, x, weights, out, raw, kBytes, processors, stream);
+        const auto kernel = mix_by_teams<X, T>;
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTeamBytes));
+        kernel<<<blocks(kTeamTile), kTeamThreads, kTeamBytes, stream>>>(args, x, packed, out, raw);
     }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 std::tuple<Tensor, Tensor> dynamic_mix_cuda(const Tensor& x_, at::TensorList mixes, at::TensorList ranks,

@@ -144,8 +144,9 @@ bool launch_strips(Launcher& launch, const Call& call, const Sizes& sizes, void*
         const auto* w = static_cast<const W*>(call.w);
         auto* states = reinterpret_cast<float4*>(call.states);
         if (pieces.count() > 1) {
-            launch(strip_state_kernel<W, kFinish>, sizes.bh * pieces.blocks, kStripStateThreads, StripsShared::kBytes,
-                   k, v, w, base, sizes, pieces, states, call.decays);
+            launch.in_clusters(kPieceBlocks, strip_state_kernel<W, kFinish>, sizes.bh * pieces.count() * kPieceBlocks,
+                               kStripStateThreads, StateShared<W>::kBytes, k, v, w, base, sizes, pieces, states,
+                               call.decays);
             launch(strip_scan_kernel, 2 * sizes.bh * (kN * kN / kThreads), kThreads, 0, call.states, call.decays, sizes,
                    pieces);
         }

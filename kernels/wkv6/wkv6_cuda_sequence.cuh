@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 3)
         if (kFinish && lane < rows) prefetch(finish.gate + origin + lane * stride);
         values.store(strip.v());
     }
-    start_constants<kFinish, true>(shared, base + head * kN, u + head * kN);
+    start_constants<StripsShared, kFinish, true>(shared, base + head * kN, u + head * kN);
     wait_copies();
     __syncthreads();
     Left near{};

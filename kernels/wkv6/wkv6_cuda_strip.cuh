@@ -14,7 +14,7 @@ constexpr int kStateVectors = kN * kN / 4;
 // How a sequence is cut: into strips, `each` of them to a block (fewer in the last one), and two blocks to a piece, a
 // cluster. A workspace has slots for the states between blocks: slot i of direction 0 is for the state after block i,
 // of direction 1 for that before block i + 1. Those between pieces are in odd slots; where a piece has a second block,
-// its blocks pass each other what they arrive at in the even slot between them.
+// its blocks pass each other what they arrive at in the even slot between them. rank: of a block in its piece.
 struct Pieces {
     int strips, each, blocks;
 
@@ -27,6 +27,7 @@ struct Pieces {
     __host__ __device__ int count() const { return (blocks + 1) / kPieceBlocks; }
     __host__ __device__ int slots() const { return blocks - 1; }
     __device__ int strips_of(int block) const { return max(min(strips - block * each, each), 0); }
+    __device__ bool paired(int piece) const { return kPieceBlocks * piece < slots(); }  // has a second block
     // In vectors, `sequences` in all; a warp and lane of a sweep has its own eight.
     __device__ int64_t state(int direction, int64_t sequences, int64_t sequence, int slot) const {
         return ((direction * sequences + sequence) * slots() + slot) * kStateVectors +
@@ -56,6 +57,7 @@ struct Strip {
     __device__ StripTile r(int direction) const { return StripTile{base + 2 * direction * StripTile::kBytes}; }
     __device__ StripTile k(int direction) const { return StripTile{base + (2 * direction + 1) * StripTile::kBytes}; }
     __device__ StripTile v() const { return StripTile{base + 4 * StripTile::kBytes}; }
+    __device__ StripTile w(int half) const { return half ? k(1) : r(1); }  // float32 fills both
     // Of this lane for a group of channels, as a Block: two vectors, the second 32 further.
     __device__ float4* results(int direction, int group) const {
         return reinterpret_cast<float4*>(base + 2 * direction * StripTile::kBytes) + group * 64 + threadIdx.x % 32;
@@ -67,13 +69,15 @@ struct Strip {
 // between its halves, quarters and eighths.
 enum Picks { kToFirst, kToLast, kToHalf, kToQuarter, kToEighth, kPicks };
 
-struct StripsShared {
-    static constexpr int kDecays = kStrips * Strip::kBytes;  // of each strip as a whole, by slot
+template <typename AnyStrip>
+struct SharedOf {
+    static constexpr int kDecays = kStrips * AnyStrip::kBytes;  // of each strip as a whole, by slot
     static constexpr int kPicksAt = kDecays + kStrips * kN * 4;
     static constexpr int kBase = kPicksAt + kPicks * 32 * 16;  // of the head, as u
     static constexpr int kBonus = kBase + kN * 4;
     static constexpr int kBytes = kBonus + kN * 4;
 };
+using StripsShared = SharedOf<Strip>;
 
 // This lane's part of a matrix as a left operand.
 __device__ inline uint4 picks(int which) {
@@ -94,15 +98,15 @@ __device__ inline uint4 picks(int which) {
 }
 
 // The matrices and, on their way, the head's base and u.
-template <bool kBase, bool kBonus>
+template <typename Shared, bool kBase, bool kBonus>
 __device__ inline void start_constants(unsigned char* shared, const float* base, const float* u) {
     if (threadIdx.x < kPicks * 32) {
-        reinterpret_cast<uint4*>(shared + StripsShared::kPicksAt)[threadIdx.x] = picks(threadIdx.x / 32);
+        reinterpret_cast<uint4*>(shared + Shared::kPicksAt)[threadIdx.x] = picks(threadIdx.x / 32);
     }
     if (threadIdx.x < kN / 4) {
         const int at = 4 * threadIdx.x;
-        if (kBase) copy_async<16>(shared + StripsShared::kBase + 4 * at, base + at);
-        if (kBonus) copy_async<16>(shared + StripsShared::kBonus + 4 * at, u + at);
+        if (kBase) copy_async<16>(shared + Shared::kBase + 4 * at, base + at);
+        if (kBonus) copy_async<16>(shared + Shared::kBonus + 4 * at, u + at);
     }
 }
 
@@ -115,14 +119,15 @@ __device__ inline void start_tile(StripTile tile, const __nv_bfloat16* strip, in
     }
 }
 
-// Decays, into the tiles of direction 1.
-__device__ inline void start_decays(Strip strip, const __nv_bfloat16* w, int64_t stride, int rows) {
-    start_tile(strip.r(1), w, stride, rows);
+template <typename AnyStrip>
+__device__ inline void start_decays(AnyStrip strip, const __nv_bfloat16* w, int64_t stride, int rows) {
+    start_tile(strip.w(0), w, stride, rows);
 }
 
-__device__ inline void start_decays(Strip strip, const float* w, int64_t stride, int rows) {
+template <typename AnyStrip>
+__device__ inline void start_decays(AnyStrip strip, const float* w, int64_t stride, int rows) {
     const int lane = threadIdx.x % 32, quad = lane % 16;
-    const StripTile tile = quad & 2 ? strip.k(1) : strip.r(1);
+    const StripTile tile = strip.w(quad / 2 % 2);
 #pragma unroll
     for (int i = 0; i < kRows; i += 2) {
         const int row = i + lane / 16;
@@ -196,12 +201,12 @@ __device__ inline Block as_block(const Left& a) {
     return out;
 }
 
-template <typename W>
-__device__ inline Block arrived_decays(Strip strip, const GroupPlace& place, int group) {
+template <typename W, typename AnyStrip>
+__device__ inline Block arrived_decays(AnyStrip strip, const GroupPlace& place, int group) {
     if constexpr (sizeof(W) == sizeof(__nv_bfloat16)) {
-        return as_block(place.load(strip.r(1), group));
+        return as_block(place.load(strip.w(0), group));
     } else {
-        const StripTile tile = threadIdx.x & 2 ? strip.k(1) : strip.r(1);
+        const StripTile tile = strip.w(threadIdx.x / 2 % 2);
         const unsigned char* at = tile.base + (place.floats ^ group << 5);
         float a[4], b[4];
         load4(a, reinterpret_cast<const float*>(at));
@@ -270,6 +275,16 @@ struct StripState {
         for (int i = 0; i < 8; ++i) {
             const float4 x = __ldcg(from + 32 * i);
             of[i] = Sum{{x.x, x.y, x.z, x.w}};
+        }
+    }
+
+    // Adds a state that passes over what this one is of. decays: of all of that.
+    __device__ void add(const float4* from, const float* decays) {
+        for (int i = 0; i < 8; ++i) {
+            const float4 x = __ldcg(from + 32 * i);
+            const float2 decay = reinterpret_cast<const float2*>(decays + 8 * i)[threadIdx.x % 4];
+            of[i].x[0] = fmaf(x.x, decay.x, of[i].x[0]), of[i].x[1] = fmaf(x.y, decay.y, of[i].x[1]);
+            of[i].x[2] = fmaf(x.z, decay.x, of[i].x[2]), of[i].x[3] = fmaf(x.w, decay.y, of[i].x[3]);
         }
     }
 

@@ -7,12 +7,27 @@ namespace wkv6 {
 
 constexpr int kStripStateWarps = 2 * kSweepWarps, kStripStateThreads = 32 * kStripStateWarps;
 
+// A strip's tiles without r: k decayed to both ends, and v. Before, k arrives in that of direction 0, w in that of
+// direction 1; of w in float32 half of the channels in one more.
+template <typename W>
+struct KeyStrip {
+    static constexpr int kTiles = sizeof(W) == sizeof(float) ? 4 : 3, kBytes = kTiles * StripTile::kBytes;
+    unsigned char* base;
+    __device__ StripTile tile(int i) const { return StripTile{base + i * StripTile::kBytes}; }
+    __device__ StripTile k(int direction) const { return tile(direction); }
+    __device__ StripTile v() const { return tile(2); }
+    __device__ StripTile w(int half) const { return half ? tile(3) : tile(1); }
+};
+
+template <typename W>
+using StateShared = SharedOf<KeyStrip<W>>;
+
 // As step 1 of sequence_kernel, for k alone.
 template <typename W, bool kRaw>
-__device__ inline void prepare_keys(Strip strip, float* decays, const unsigned char* shared) {
+__device__ inline void prepare_keys(KeyStrip<W> strip, float* decays, const unsigned char* shared) {
     const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const uint4* all = reinterpret_cast<const uint4*>(shared + StripsShared::kPicksAt) + lane;
-    const float* base = reinterpret_cast<const float*>(shared + StripsShared::kBase) + 4 * q;
+    const uint4* all = reinterpret_cast<const uint4*>(shared + StateShared<W>::kPicksAt) + lane;
+    const float* base = reinterpret_cast<const float*>(shared + StateShared<W>::kBase) + 4 * q;
     const GroupPlace place;
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
@@ -30,22 +45,27 @@ __device__ inline void prepare_keys(Strip strip, float* decays, const unsigned c
     finish_decays(decays);
 }
 
-// What each block's strips add to the state at its far end, in both directions, into the slots, and the blocks' decays.
-// Block x: sequence and block.
+// What each piece's strips add to the state at its far end, in both directions, into the odd slots, and the pieces'
+// decays. Of a piece's two blocks, a cluster, each adds up both directions; then the one from which a direction leaves
+// the piece adds what the other one has of it. Block x: sequence, piece and, fastest, half of it.
 template <typename W, bool kRaw>
-__global__ void __launch_bounds__(kStripStateThreads, 3)
+__global__ void __launch_bounds__(kStripStateThreads, sizeof(W) == sizeof(float) ? 3 : 4)
     strip_state_kernel(const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
                        const W* __restrict__ w, const float* __restrict__ base, Sizes sizes, Pieces pieces,
                        float4* states, float* decays) {
     extern __shared__ __align__(128) unsigned char shared[];
+    __shared__ float all_decays[kN];
     allow_next_kernel();
-    const int warp = threadIdx.x / 32, block = blockIdx.x % pieces.blocks, count = pieces.strips_of(block);
-    const unsigned bh = blockIdx.x / pieces.blocks, head = bh % sizes.heads;
+    const int warp = threadIdx.x / 32;
+    const unsigned sequence_blocks = pieces.count() * kPieceBlocks, bh = blockIdx.x / sequence_blocks;
+    const unsigned head = bh % sizes.heads;
+    const int block = blockIdx.x % sequence_blocks, rank = block % kPieceBlocks, piece = block / kPieceBlocks;
+    const int count = pieces.strips_of(block);
     const int64_t token = (static_cast<int64_t>(block) * pieces.each + warp) * kRows, stride = sizes.stride();
     const int64_t origin = sizes.offset(bh) + token * stride;
     const int rows = static_cast<int>(min(sizes.tokens - token, static_cast<int64_t>(kRows)));
-    const Strip strip{shared + warp * Strip::kBytes};
-    float* strip_decays = reinterpret_cast<float*>(shared + StripsShared::kDecays);
+    const KeyStrip<W> strip{shared + warp * KeyStrip<W>::kBytes};
+    float* strip_decays = reinterpret_cast<float*>(shared + StateShared<W>::kDecays);
     if (warp < count) {
         start_decays(strip, w + origin, stride, rows);
         start_tile(strip.k(0), k + origin, stride, rows);
@@ -53,58 +73,69 @@ __global__ void __launch_bounds__(kStripStateThreads, 3)
         values.load(v + origin, stride, rows);
         values.store(strip.v());
     }
-    start_constants<kRaw, false>(shared, base + head * kN, nullptr);
+    start_constants<StateShared<W>, kRaw, false>(shared, base + head * kN, nullptr);
     wait_copies();
     __syncthreads();
     if (warp < count) prepare_keys<W, kRaw>(strip, strip_decays + warp * kN, shared);
     __syncthreads();
 
-    const int direction = warp / kSweepWarps, slot = block - direction;
-    if (slot >= 0 && slot < pieces.slots()) {
-        StripState state{};
-#pragma unroll 1
-        for (int step = 0; step < count; ++step) {
-            const int at = direction ? count - 1 - step : step;
-            const Strip next{shared + at * Strip::kBytes};
-            state.pass(next.k(direction), next.v(), strip_decays + at * kN, warp % kSweepWarps);
-        }
-        state.store(states + pieces.state(direction, sizes.bh, bh, slot));
-    }
+    float* decay_out = decays + (static_cast<int64_t>(bh) * pieces.count() + piece) * kN;
     if (threadIdx.x < kN) {
         float decay = 1.f;
         for (int i = 0; i < count; ++i) decay *= strip_decays[i * kN + threadIdx.x];
-        decays[(static_cast<int64_t>(bh) * pieces.blocks + block) * kN + threadIdx.x] = decay;
+        all_decays[threadIdx.x] = decay;
+        if (rank == 1) decay_out[threadIdx.x] = decay;
+    }
+    const int direction = warp / kSweepWarps, slot = block - direction;
+    const bool paired = pieces.paired(piece), leaves = direction != rank;
+    float4* between = states + pieces.state(direction, sizes.bh, bh, kPieceBlocks * piece);
+    StripState state{};
+#pragma unroll 1
+    for (int step = 0; step < count; ++step) {
+        const int at = direction ? count - 1 - step : step;
+        const KeyStrip<W> next{shared + at * KeyStrip<W>::kBytes};
+        state.pass(next.k(direction), next.v(), strip_decays + at * kN, warp % kSweepWarps);
+    }
+    if (paired && !leaves) state.store(between);
+    wait_for_cluster();
+    if (leaves && slot >= 0 && slot < pieces.slots()) {
+        if (paired) state.add(between, all_decays);
+        state.store(states + pieces.state(direction, sizes.bh, bh, slot));
+    }
+    if (rank == 0 && threadIdx.x < kN) {
+        decay_out[threadIdx.x] = all_decays[threadIdx.x] * (paired ? __ldcg(decay_out + threadIdx.x) : 1.f);
     }
 }
 
-// What the blocks add to the states between pieces, in place: a thread takes one number through all blocks of a
-// sequence and direction.
+// What the pieces add to the states between them, in place: a thread takes one number through all pieces of a sequence
+// and direction.
 static __global__ void __launch_bounds__(kThreads)
     strip_scan_kernel(float* states, const float* __restrict__ decays, Sizes sizes, Pieces pieces) {
-    constexpr int kRun = 50, kNumbers = kN * kN;  // a run's loads are under way together
+    constexpr int kRun = 37, kNumbers = kN * kN;  // a run's loads are under way together
     const unsigned which = blockIdx.x / (kNumbers / kThreads), bh = which % static_cast<unsigned>(sizes.bh);
-    const int direction = which / static_cast<unsigned>(sizes.bh), slots = pieces.slots();
+    const int direction = which / static_cast<unsigned>(sizes.bh), count = pieces.count() - 1;
     const int number = blockIdx.x % (kNumbers / kThreads) * kThreads + threadIdx.x;
     const int k_slot = number / 128 % 8 * 8 + number / 4 % 4 * 2 + number % 2;  // see StripState
-    states += static_cast<int64_t>(which) * slots * kNumbers + number;
-    decays += (static_cast<int64_t>(bh) * pieces.blocks + direction) * kN + k_slot;
+    states += (static_cast<int64_t>(which) * pieces.slots() + 1) * kNumbers + number;
+    decays += (static_cast<int64_t>(bh) * pieces.count() + direction) * kN + k_slot;
     wait_for_previous_kernel();
     float state = 0;
-    for (int first = 0; first < slots; first += kRun) {
-        const auto slot_of = [&](int i) { return direction ? slots - 1 - first - i : first + i; };
+    for (int first = 0; first < count; first += kRun) {
+        const auto between = [&](int i) { return direction ? count - 1 - first - i : first + i; };  // of two pieces
+        const auto at = [&](int i) { return states + static_cast<int64_t>(between(i)) * (kPieceBlocks * kNumbers); };
         float x[kRun], decay[kRun];
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-            if (first + i < slots) {
-                x[i] = states[static_cast<int64_t>(slot_of(i)) * kNumbers];
-                decay[i] = decays[static_cast<int64_t>(slot_of(i)) * kN];
+            if (first + i < count) {
+                x[i] = *at(i);
+                decay[i] = decays[static_cast<int64_t>(between(i)) * kN];
             }
         }
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
-            if (first + i < slots) {
+            if (first + i < count) {
                 state = fmaf(state, decay[i], x[i]);
-                if (slot_of(i) % 2) states[static_cast<int64_t>(slot_of(i)) * kNumbers] = state;
+                *at(i) = state;
             }
         }
     }
