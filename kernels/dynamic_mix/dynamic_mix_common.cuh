@@ -59,7 +59,8 @@ __device__ __forceinline__ uint32_t pack<__half>(float x, float y) {
 __host__ __device__ constexpr int units_of(int channels) { return (channels + kUnit - 1) / kUnit; }
 
 // A matrix on its way to blocks of 16 x 16, each 32 lanes' right operands: (channels, others) where it leads down from
-// the channels, else (others, channels). The blocks of half a unit lie together; missing channels' weights are 0.
+// the channels, else (others, channels). The blocks that one left operand meets lie together: those of half a unit, or
+// of 16 low ranks and a unit. Missing channels' weights are 0.
 struct Packing {
     const float* from;
     uint4* to;
@@ -76,9 +77,11 @@ template <typename T>
 __global__ void pack_weights(const __grid_constant__ Packings all) {
     const Packing& mine = all.of[blockIdx.y];
     const int inner = mine.others / 16, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-    const int block = (blockIdx.x * blockDim.x + threadIdx.x) / 32, half_unit = block / inner;
-    if (half_unit >= 2 * units_of(mine.channels)) return;
-    const int first = half_unit / 2 * kUnit + half_unit % 2 * (kChannels / 2), first_other = block % inner * 16;
+    const int block = (blockIdx.x * blockDim.x + threadIdx.x) / 32, unit = block / (2 * inner);
+    if (unit >= units_of(mine.channels)) return;
+    const int in_unit = block % (2 * inner), half_unit = mine.down ? in_unit / inner : in_unit % 2;
+    const int first = unit * kUnit + half_unit * (kChannels / 2);
+    const int first_other = 16 * (mine.down ? in_unit % inner : in_unit / 2);
     uint32_t out[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -202,7 +205,6 @@ struct Token {
     bool on_map;
     float2 stats;
 
-    Token() = default;
     __device__ __forceinline__ Token(const Args& args, int at) : index(min(at, args.rows - 1)) {
         const int position = index - static_cast<int>(args.by_tokens.divide(index)) * args.tokens;
         row = static_cast<int>(args.by_width.divide(position)), column = position - row * args.width;

@@ -124,7 +124,7 @@ __device__ __forceinline__ void add_chunk(Sums<kBlocks>& sums, const Args& args,
 
 // The product of `steps` blocks of low ranks with a unit's columns, added to start[column].
 template <typename T>
-__device__ __forceinline__ void product_up(const uint4* low, int steps, const uint4* up, int inner, const Values& start,
+__device__ __forceinline__ void product_up(const uint4* low, int steps, const uint4* up, const Values& start,
                                            TeamValues& out) {
     Sums<2> sums;
 #pragma unroll
@@ -135,7 +135,7 @@ __device__ __forceinline__ void product_up(const uint4* low, int steps, const ui
             for (int i = 0; i < 8; ++i) sums[n][p][i / 4].x[i % 4] = start[4 * n + i / 4 * 2 + i % 2];
         }
     }
-    add_product<T, 2>(sums, low, up, steps, 32, inner * 32);
+    add_product<T, 2>(sums, low, up, steps, 64, 32);
 #pragma unroll
     for (int k = 0; k < kTeamTokens; ++k) {
 #pragma unroll
@@ -162,7 +162,7 @@ __device__ __forceinline__ void mix_unit(const Args& args, const Team& team, con
         TeamValues values;
         channels.read(args.mix[1 + i], mix);
         product_up<T>(team.low + kRank / 16 * i * kParts * 32, kRank / 16,
-                      up + (2 * unit * kMixBlocks + kRank / 16 * i) * 32, kMixBlocks, mix, values);
+                      up + 2 * (unit * kMixBlocks + kRank / 16 * i) * 32, mix, values);
 #pragma unroll
         for (int k = 0; k < kTeamTokens; ++k) {
 #pragma unroll
@@ -233,8 +233,7 @@ __device__ __forceinline__ void mix_tile(const Args& args, const X* x, const Wei
     for (int unit = team.warp; unit < units; unit += kTeam) {
         const Values nothing = {};
         TeamValues values;
-        product_up<T>(team.low, kDecayBlocks, weights.decay_up + 2 * unit * kDecayBlocks * 32, kDecayBlocks, nothing,
-                      values);
+        product_up<T>(team.low, kDecayBlocks, weights.decay_up + 2 * unit * kDecayBlocks * 32, nothing, values);
         const Channels channels(args, unit, team.lane);
 #pragma unroll
         for (int k = 0; k < kTeamTokens; ++k)

@@ -152,16 +152,16 @@ struct Coming {
     }
 };
 
-// sums of kCount left operands by a unit's columns.
-template <typename T, int kCount>
-__device__ __forceinline__ void add_up(Sum (&sums)[2][2], const uint4* low, const uint4* up, int inner) {
+// sums += the product of kCount left operands with as many times kBlocks blocks of 16 columns. blocks: the lane's.
+template <typename T, int kCount, int kBlocks>
+__device__ __forceinline__ void add_product(Sum (&sums)[kBlocks][2], const uint4* left, const uint4* blocks) {
 #pragma unroll
     for (int step = 0; step < kCount; ++step) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint4 right = up[(half * inner + step) * 32];
-            multiply<T>(sums[half][0], low[step], right.x, right.y);
-            multiply<T>(sums[half][1], low[step], right.z, right.w);
+        for (int n = 0; n < kBlocks; ++n) {
+            const uint4 right = blocks[(step * kBlocks + n) * 32];
+            multiply<T>(sums[n][0], left[step], right.x, right.y);
+            multiply<T>(sums[n][1], left[step], right.z, right.w);
         }
     }
 }
@@ -186,19 +186,13 @@ __device__ __forceinline__ void store_tile(const Args& args, const TileValues& v
     store_if<T>(on && row + 8 < args.rows, to + 8 * args.channels, values[1]);
 }
 
-// sums += a unit's values by kBlocks blocks of 16 columns.
+// The same with a unit's values.
 template <typename T, int kBlocks>
-__device__ __forceinline__ void add_down(Sum (&sums)[kBlocks][2], const TileValues& values, const uint4* down) {
+__device__ __forceinline__ void add_unit(Sum (&sums)[kBlocks][2], const TileValues& values, const uint4* blocks) {
+    uint4 left[kSteps];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-        const uint4 left = operand<T>(values[0], values[1], step);
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-            const uint4 right = down[(step * kBlocks + n) * 32];
-            multiply<T>(sums[n][0], left, right.x, right.y);
-            multiply<T>(sums[n][1], left, right.z, right.w);
-        }
-    }
+    for (int step = 0; step < kSteps; ++step) left[step] = operand<T>(values[0], values[1], step);
+    add_product<T, kSteps>(sums, left, blocks);
 }
 
 // From the tokens x (rows, channels) to the inputs `out` of key, value, receptance and gate, (4, rows, channels), and
@@ -241,7 +235,7 @@ __global__ void __launch_bounds__(kWarpThreads, 1)
 #pragma unroll
                     for (int j = 0; j < kChannels; ++j) blend[k][j] = fmaf(apart[k][j], mix[j], own[k][j]);
                 }
-                add_down<T, kMixBlocks>(sums, blend, shared.mix_down + unit * kSteps * kMixBlocks * 32 + lane);
+                add_unit<T>(sums, blend, shared.mix_down + unit * kSteps * kMixBlocks * 32 + lane);
             }
 #pragma unroll
             for (int n = 0; n < kMixBlocks; ++n) low[n] = tanh_operand<T>(sums[n]);
@@ -257,8 +251,8 @@ __global__ void __launch_bounds__(kWarpThreads, 1)
             for (int i = 0; i < kMixes; ++i) {
                 const auto mix = [&](int pair) { return shared.mixes[i][unit][pair][lane % 4]; };
                 Sum sums[2][2] = {{mix(0), mix(1)}, {mix(2), mix(3)}};
-                add_up<T, kRank / 16>(sums, low + kRank / 16 * i,
-                                      shared.mix_up + (2 * unit * kMixBlocks + kRank / 16 * i) * 32 + lane, kMixBlocks);
+                add_product<T, kRank / 16>(sums, low + kRank / 16 * i,
+                                           shared.mix_up + 2 * (unit * kMixBlocks + kRank / 16 * i) * 32 + lane);
                 TileValues values;
 #pragma unroll
                 for (int k = 0; k < kTileTokens; ++k) {
@@ -268,8 +262,7 @@ __global__ void __launch_bounds__(kWarpThreads, 1)
                     }
                 }
                 if (i == 0) {
-                    add_down<T, kDecayBlocks>(decay, values,
-                                              shared.decay_down + unit * kSteps * kDecayBlocks * 32 + lane);
+                    add_unit<T>(decay, values, shared.decay_down + unit * kSteps * kDecayBlocks * 32 + lane);
                 } else {
                     store_tile<T>(args, values, to, tile, unit, lane);
                     to += static_cast<int64_t>(args.rows) * args.channels;
@@ -284,8 +277,7 @@ __global__ void __launch_bounds__(kWarpThreads, 1)
 #pragma unroll 1
         for (int unit = 0; unit < units; ++unit) {
             Sum sums[2][2] = {};
-            add_up<T, kDecayBlocks>(sums, decay_low, shared.decay_up + 2 * unit * kDecayBlocks * 32 + lane,
-                                    kDecayBlocks);
+            add_product<T, kDecayBlocks>(sums, decay_low, shared.decay_up + 2 * unit * kDecayBlocks * 32 + lane);
             TileValues values;
 #pragma unroll
             for (int k = 0; k < kTileTokens; ++k) {

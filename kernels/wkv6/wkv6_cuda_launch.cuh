@@ -150,9 +150,9 @@ bool launch_strips(Launcher& launch, const Call& call, const Sizes& sizes, void*
             launch(strip_scan_kernel, 2 * sizes.bh * (kN * kN / kThreads), kThreads, 0, call.states, call.decays, sizes,
                    pieces);
         }
-        launch.in_clusters(kPieceBlocks, sequence_kernel<W, kFinish>, sizes.bh * pieces.count() * kPieceBlocks,
-                           kSequenceThreads, StripsShared::kBytes, r, k, v, w, base, call.u, sizes, pieces, states,
-                           finish, static_cast<T*>(y));
+        launch.in_clusters(pieces.count() > 1 ? 1 : kPieceBlocks, sequence_kernel<W, kFinish>,
+                           sizes.bh * pieces.count() * kPieceBlocks, kSequenceThreads, StripsShared::kBytes, r, k, v, w,
+                           base, call.u, sizes, pieces, states, call.decays, finish, static_cast<T*>(y));
         return true;
     }
     return false;

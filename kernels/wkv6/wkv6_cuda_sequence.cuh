@@ -6,8 +6,9 @@
 // 1. A warp takes a strip. It finds the scores within it (as output_kernel does, but with sums of log2 decays that are
 //    matrix products with zeros and ones), and decays r and k to both of its ends.
 // 2. A state passes from strip to strip in the registers of four warps, 16 of v's channels each: its product with r is
-//    what a strip's tokens get from those before, then it decays and k^T v is added. A block first follows the
-//    direction that starts at its end of the piece, then the other one, from where its neighbour has arrived.
+//    what a strip's tokens get from those before, then it decays and k^T v is added. Of several pieces, where
+//    strip_state_kernel has left what passes between blocks, both directions go on together. Else a block first follows
+//    the direction that starts at its end of the piece, then the other one, from where its neighbour has arrived.
 // 3. The strip's warp again: the scores times v, the results of both directions, and what follows.
 #pragma once
 
@@ -16,7 +17,8 @@
 
 namespace wkv6 {
 
-constexpr int kSequenceThreads = 32 * kStrips;
+constexpr int kSequenceThreads = 2 * kSweepThreads;
+static_assert(kStrips <= 2 * kSweepWarps);
 
 // Scores of each token with eight keys: those of its half of the strip, or kOther those of the other half. The depth of
 // an instruction is twice the same eight slots, once for either half.
@@ -102,25 +104,46 @@ __device__ inline void sweep(StripState& state, unsigned char* shared, int count
         const Strip strip{shared + at * Strip::kBytes};
         const Block y = state.results(strip.r(direction));
         if (last || step + 1 < count) state.pass(strip.k(direction), strip.v(), decays + at * kN, columns);
-        wait_for_threads<kSweepThreads>(1);  // the tiles have been read
+        // The tiles have been read.
+        if (direction) {
+            wait_for_threads<kSweepThreads>(2);
+        } else {
+            wait_for_threads<kSweepThreads>(1);
+        }
         float4* results = strip.results(direction, columns);
         results[0] = make_float4(y.x[0], y.x[1], y.x[2], y.x[3]);
         results[32] = make_float4(y.x[4], y.x[5], y.x[6], y.x[7]);
     }
 }
 
-// Block x: sequence, piece and, fastest, half of it. `states`: between pieces, and workspace.
+// The state that comes into a block in one direction, of several pieces, for this warp of a sweep.
+__device__ inline void load_incoming(StripState& state, const float4* states, const float* decays, const Sizes& sizes,
+                                     const Pieces& pieces, unsigned bh, int block, int direction) {
+    const int rank = block % kPieceBlocks, piece = block / kPieceBlocks;
+    const int slot = kPieceBlocks * piece + (direction ? 1 : -1);  // where it comes into the piece
+    const bool exists = slot >= 0 && slot < pieces.slots();
+    const float4* from = states + pieces.state(direction, sizes.bh, bh, slot);
+    if (direction == rank) {
+        if (exists) state.load(from);
+    } else if (pieces.paired(piece)) {
+        state.load(states + pieces.state(direction, sizes.bh, bh, kPieceBlocks * piece));
+        if (exists) state.add(from, decays + pieces.block_decays(sizes.bh, bh, block ^ 1));
+    }
+}
+
+// Block x: sequence, piece and, fastest, half of it. `states`, `decays`: by strip_state_kernel and strip_scan_kernel;
+// of a single piece workspace.
 template <typename W, bool kFinish>
 __global__ void __launch_bounds__(kSequenceThreads, 3)
     sequence_kernel(const __nv_bfloat16* __restrict__ r, const __nv_bfloat16* __restrict__ k,
                     const __nv_bfloat16* __restrict__ v, const W* __restrict__ w, const float* __restrict__ base,
-                    const float* __restrict__ u, Sizes sizes, Pieces pieces, float4* states,
+                    const float* __restrict__ u, Sizes sizes, Pieces pieces, float4* states, const float* decays,
                     Finish<__nv_bfloat16> finish, __nv_bfloat16* y) {
     extern __shared__ __align__(128) unsigned char shared[];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, q = lane % 4;
     const unsigned sequence_blocks = pieces.count() * kPieceBlocks;
     const unsigned bh = blockIdx.x / sequence_blocks, head = bh % sizes.heads;
-    const int block = blockIdx.x % sequence_blocks, rank = block % kPieceBlocks, piece_slot = block - rank;
+    const int block = blockIdx.x % sequence_blocks, rank = block % kPieceBlocks;
     const int count = pieces.strips_of(block);
     const int64_t token = (static_cast<int64_t>(block) * pieces.each + warp) * kRows, stride = sizes.stride();
     const int64_t origin = sizes.offset(bh) + token * stride;
@@ -141,26 +164,30 @@ __global__ void __launch_bounds__(kSequenceThreads, 3)
     __syncthreads();
     Left near{};
     if (active) {
-        float* decays = reinterpret_cast<float*>(shared + StripsShared::kDecays) + warp * kN;
-        near = prepare_strip<W, kFinish>(strip, decays, shared);
+        float* own = reinterpret_cast<float*>(shared + StripsShared::kDecays) + warp * kN;
+        near = prepare_strip<W, kFinish>(strip, own, shared);
     }
     wait_for_previous_kernel();
     __syncthreads();
 
-    const bool paired = piece_slot < pieces.slots();
-    if (warp < kSweepWarps) {
-        StripState state{};
-        if (rank ? block < pieces.slots() : block > 0) {
-            state.load(states + pieces.state(rank, sizes.bh, bh, rank ? block : block - 1));
+    const int columns = warp % kSweepWarps;
+    StripState state{};
+    if (pieces.count() > 1) {
+        const int direction = warp / kSweepWarps;
+        load_incoming(state, states, decays, sizes, pieces, bh, block, direction);
+        sweep(state, shared, count, direction, columns, false);
+    } else {
+        const bool paired = pieces.paired(0);
+        if (warp < kSweepWarps) {
+            sweep(state, shared, count, rank, columns, paired);
+            if (paired) state.store(states + pieces.state(rank, sizes.bh, bh, 0));
         }
-        sweep(state, shared, count, rank, warp, paired);
-        if (paired) state.store(states + pieces.state(rank, sizes.bh, bh, piece_slot));
-    }
-    wait_for_cluster();
-    if (warp < kSweepWarps) {
-        StripState state{};
-        if (paired) state.load(states + pieces.state(1 - rank, sizes.bh, bh, piece_slot));
-        sweep(state, shared, count, 1 - rank, warp, false);
+        wait_for_cluster();
+        if (warp < kSweepWarps) {
+            state = StripState{};
+            if (paired) state.load(states + pieces.state(1 - rank, sizes.bh, bh, 0));
+            sweep(state, shared, count, 1 - rank, columns, false);
+        }
     }
     __syncthreads();
     if (!active) return;

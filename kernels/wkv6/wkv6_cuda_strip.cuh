@@ -14,7 +14,8 @@ constexpr int kStateVectors = kN * kN / 4;
 // How a sequence is cut: into strips, `each` of them to a block (fewer in the last one), and two blocks to a piece, a
 // cluster. A workspace has slots for the states between blocks: slot i of direction 0 is for the state after block i,
 // of direction 1 for that before block i + 1. Those between pieces are in odd slots; where a piece has a second block,
-// its blocks pass each other what they arrive at in the even slot between them. rank: of a block in its piece.
+// its blocks leave each other in the even slot between them what they arrive at, from the piece's end or, of several
+// pieces, from nothing. rank: of a block in its piece.
 struct Pieces {
     int strips, each, blocks;
 
@@ -28,6 +29,11 @@ struct Pieces {
     __host__ __device__ int slots() const { return blocks - 1; }
     __device__ int strips_of(int block) const { return max(min(strips - block * each, each), 0); }
     __device__ bool paired(int piece) const { return kPieceBlocks * piece < slots(); }  // has a second block
+    // A piece's decays in a workspace, and behind those of all pieces a block's.
+    __device__ int64_t piece_decays(int64_t sequence, int piece) const { return (sequence * count() + piece) * kN; }
+    __device__ int64_t block_decays(int64_t sequences, int64_t sequence, int block) const {
+        return (sequences * count() + sequence * kPieceBlocks * count() + block) * kN;
+    }
     // In vectors, `sequences` in all; a warp and lane of a sweep has its own eight.
     __device__ int64_t state(int direction, int64_t sequences, int64_t sequence, int slot) const {
         return ((direction * sequences + sequence) * slots() + slot) * kStateVectors +
@@ -278,7 +284,7 @@ struct StripState {
         }
     }
 
-    // Adds a state that passes over what this one is of. decays: of all of that.
+    // Adds a state that passes over what this one is of. decays: of all of that, any kind of memory.
     __device__ void add(const float4* from, const float* decays) {
         for (int i = 0; i < 8; ++i) {
             const float4 x = __ldcg(from + 32 * i);

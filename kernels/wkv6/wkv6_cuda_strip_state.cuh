@@ -45,9 +45,9 @@ __device__ inline void prepare_keys(KeyStrip<W> strip, float* decays, const unsi
     finish_decays(decays);
 }
 
-// What each piece's strips add to the state at its far end, in both directions, into the odd slots, and the pieces'
-// decays. Of a piece's two blocks, a cluster, each adds up both directions; then the one from which a direction leaves
-// the piece adds what the other one has of it. Block x: sequence, piece and, fastest, half of it.
+// What each piece's strips add to the state at its far end, in both directions, into the odd slots, and the decays of
+// pieces and blocks. Of a piece's two blocks, a cluster, each adds up both directions; then the one from which a
+// direction leaves the piece adds what the other one has of it. Block x: sequence, piece and, fastest, half of it.
 template <typename W, bool kRaw>
 __global__ void __launch_bounds__(kStripStateThreads, sizeof(W) == sizeof(float) ? 3 : 4)
     strip_state_kernel(const __nv_bfloat16* __restrict__ k, const __nv_bfloat16* __restrict__ v,
@@ -79,12 +79,11 @@ __global__ void __launch_bounds__(kStripStateThreads, sizeof(W) == sizeof(float)
     if (warp < count) prepare_keys<W, kRaw>(strip, strip_decays + warp * kN, shared);
     __syncthreads();
 
-    float* decay_out = decays + (static_cast<int64_t>(bh) * pieces.count() + piece) * kN;
+    float* block_decays = decays + pieces.block_decays(sizes.bh, bh, block);
     if (threadIdx.x < kN) {
         float decay = 1.f;
         for (int i = 0; i < count; ++i) decay *= strip_decays[i * kN + threadIdx.x];
-        all_decays[threadIdx.x] = decay;
-        if (rank == 1) decay_out[threadIdx.x] = decay;
+        all_decays[threadIdx.x] = block_decays[threadIdx.x] = decay;
     }
     const int direction = warp / kSweepWarps, slot = block - direction;
     const bool paired = pieces.paired(piece), leaves = direction != rank;
@@ -103,7 +102,8 @@ __global__ void __launch_bounds__(kStripStateThreads, sizeof(W) == sizeof(float)
         state.store(states + pieces.state(direction, sizes.bh, bh, slot));
     }
     if (rank == 0 && threadIdx.x < kN) {
-        decay_out[threadIdx.x] = all_decays[threadIdx.x] * (paired ? __ldcg(decay_out + threadIdx.x) : 1.f);
+        const float others = __ldcg(block_decays + kN + threadIdx.x);
+        decays[pieces.piece_decays(bh, piece) + threadIdx.x] = all_decays[threadIdx.x] * others;
     }
 }
 
@@ -117,7 +117,7 @@ static __global__ void __launch_bounds__(kThreads)
     const int number = blockIdx.x % (kNumbers / kThreads) * kThreads + threadIdx.x;
     const int k_slot = number / 128 % 8 * 8 + number / 4 % 4 * 2 + number % 2;  // see StripState
     states += (static_cast<int64_t>(which) * pieces.slots() + 1) * kNumbers + number;
-    decays += (static_cast<int64_t>(bh) * pieces.count() + direction) * kN + k_slot;
+    decays += pieces.piece_decays(bh, direction) + k_slot;
     wait_for_previous_kernel();
     float state = 0;
     for (int first = 0; first < count; first += kRun) {
