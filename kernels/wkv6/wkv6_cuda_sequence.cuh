@@ -1,14 +1,15 @@
 // y of a piece of a sequence, or of all of it where it is short, for bfloat16 tensors: every input is read once, and
 // the states within the piece stay in registers.
 //
-// The two blocks of a piece are a cluster, and each holds its half of the tokens in shared memory, in strips of 16:
+// Each of the two blocks of a piece holds its half of the tokens in shared memory, in strips of 16:
 //
 // 1. A warp takes a strip. It finds the scores within it (as output_kernel does, but with sums of log2 decays that are
 //    matrix products with zeros and ones), and decays r and k to both of its ends.
 // 2. A state passes from strip to strip in the registers of four warps, 16 of v's channels each: its product with r is
 //    what a strip's tokens get from those before, then it decays and k^T v is added. Of several pieces, where
-//    strip_state_kernel has left what passes between blocks, both directions go on together. Else a block first follows
-//    the direction that starts at its end of the piece, then the other one, from where its neighbour has arrived.
+//    strip_state_kernel has left what passes between blocks, both directions go on together. Else the two blocks are a
+//    cluster: each first follows the direction that starts at its end of the piece, then the other one, from where its
+//    neighbour has arrived.
 // 3. The strip's warp again: the scores times v, the results of both directions, and what follows.
 #pragma once
 
