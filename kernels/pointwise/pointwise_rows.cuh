@@ -1,4 +1,4 @@
-// The kernels of pointwise_cuda.cu that go token by token; layout as in rows.cuh, formulas in README.md.
+// The kernels of pointwise_cuda_rows.cu; layout as in rows.cuh, formulas in README.md.
 #pragma once
 
 #include "rows.cuh"
