@@ -1,12 +1,8 @@
-"""What all tasks have in common, on MMEngine and mmcv.
-
-Importing this makes MMEngine load checkpoints as we do, and write the figures of a test once.
-"""
+"""What all tasks have in common, on MMEngine and mmcv. Importing this makes MMEngine load checkpoints as we do."""
 
 from openmmlab.init_cfg import InitCfg
 from openmmlab.layer_decay import LayerDecayConstructor, layer_groups
 from openmmlab.loading import MAX_PIXELS, DataError, LoadImageFromFile, check_image_file
-from openmmlab.logger import LoggerHook
 from openmmlab.pretrained import PretrainedInit, fit_and_tell, load_from_file
 
 __all__ = [
@@ -15,7 +11,6 @@ __all__ = [
     'InitCfg',
     'LayerDecayConstructor',
     'LoadImageFromFile',
-    'LoggerHook',
     'PretrainedInit',
     'check_image_file',
     'fit_and_tell',

@@ -1,12 +1,16 @@
-"""Checkpoints that are written whole or not at all, and outlive one that cannot be written."""
+"""Checkpoints and figures that are written whole or not at all; checkpoints outlive one that cannot be written."""
 
 import os
 import zipfile
 from pathlib import Path
 
 from mmengine import hooks
+from mmengine.dist import is_main_process
+from mmengine.fileio import dump
 from mmengine.fileio.backends import LocalBackend
 from mmengine.registry import HOOKS
+
+from tools.files import whole_file
 
 
 class WholeFileBackend(LocalBackend):
@@ -50,6 +54,22 @@ class CheckpointHook(hooks.CheckpointHook):
             path = self.outdated.pop()
             if path not in (self.last_ckpt, getattr(self, 'best_ckpt_path', None)):  # written anew under its old name
                 self.remove(path)
+
+
+@HOOKS.register_module(force=True)
+class LoggerHook(hooks.LoggerHook):
+    """MMEngine's, but one process writes a test's figures.
+
+    There every process writes its own to the same file, so that the end of longer ones can be left behind shorter ones.
+    """
+
+    def after_test_epoch(self, runner, metrics=None) -> None:
+        log = runner.log_processor  # all processes take part, for it asks each for its memory
+        figures, text = log.get_log_after_epoch(runner, len(runner.test_dataloader), 'test', with_non_scalar=True)
+        runner.logger.info(text)
+        if is_main_process():
+            with whole_file(Path(runner.log_dir) / self.json_log_path) as partial:
+                dump(self._process_tags(figures), partial)
 
 
 def is_whole(path: Path) -> bool:

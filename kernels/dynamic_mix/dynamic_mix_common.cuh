@@ -101,21 +101,11 @@ __global__ void pack_weights(const __grid_constant__ Packings all) {
     mine.to[block * 32 + lane] = make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// The packed weights of so many channels: how many vectors each matrix has, and where they lie.
+// How many vectors the packed weights have, of so many channels, matrix after matrix.
 __host__ __device__ constexpr int mix_vectors(int channels) {
     return units_of(channels) * kUnit * (kMixes * kRank / 8);
 }
 __host__ __device__ constexpr int decay_vectors(int channels) { return units_of(channels) * kUnit * (kDecayRank / 8); }
-
-struct Weights {
-    const uint4 *mix_down, *mix_up, *decay_down, *decay_up;
-
-    __device__ __forceinline__ Weights(const uint4* packed, int channels)
-        : mix_down(packed),
-          mix_up(mix_down + mix_vectors(channels)),
-          decay_down(mix_up + mix_vectors(channels)),
-          decay_up(decay_down + decay_vectors(channels)) {}
-};
 
 // Products
 // -------------------------------------------------------------------------------------------------------

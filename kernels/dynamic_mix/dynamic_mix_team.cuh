@@ -14,6 +14,17 @@ constexpr int kParts = 2, kTeamTile = 16 * kParts, kTeamTokens = 2 * kParts;  //
 constexpr int kInputs = kTeam * kSteps * kParts * 32, kTeamVectors = kInputs + kMixBlocks * kParts * 32;
 constexpr int kTeamBytes = kTeams * kTeamVectors * static_cast<int>(sizeof(uint4));
 
+// Where the packed weights lie.
+struct Weights {
+    const uint4 *mix_down, *mix_up, *decay_down, *decay_up;
+
+    __device__ __forceinline__ Weights(const uint4* packed, int channels)
+        : mix_down(packed),
+          mix_up(mix_down + mix_vectors(channels)),
+          decay_down(mix_up + mix_vectors(channels)),
+          decay_up(decay_down + decay_vectors(channels)) {}
+};
+
 // Of a tile's tokens and kBlocks times 16 columns.
 template <int kBlocks>
 using Sums = Sum[kBlocks][kParts][2];

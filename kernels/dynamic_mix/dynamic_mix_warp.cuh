@@ -70,7 +70,7 @@ constexpr int kWays = kStay + 1;
 struct TileTokens {
     int index[kTileTokens];  // of those past the last one, the last
     float2 stats[kTileTokens];
-    unsigned ways;  // for each token and direction two bits: whether it has a neighbour there, and whether that is 0
+    unsigned ways;  // of each token and direction: 1 if its neighbour is another token, 2 if the neighbour is 0
 
     __device__ __forceinline__ TileTokens(const Args& args, int tile, int lane) : ways(0) {
 #pragma unroll
@@ -166,6 +166,15 @@ __device__ __forceinline__ void add_product(Sum (&sums)[kBlocks][2], const uint4
     }
 }
 
+// The same with a unit's values.
+template <typename T, int kBlocks>
+__device__ __forceinline__ void add_unit(Sum (&sums)[kBlocks][2], const TileValues& values, const uint4* blocks) {
+    uint4 left[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) left[step] = operand<T>(values[0], values[1], step);
+    add_product<T, kSteps>(sums, left, blocks);
+}
+
 // Of a token and channel of the lane.
 __device__ __forceinline__ float value_of(const Sum (&sums)[2][2], int k, int j) {
     return sums[j / 4][j / 2 % 2].x[2 * k + j % 2];
@@ -184,15 +193,6 @@ __device__ __forceinline__ void store_tile(const Args& args, const TileValues& v
     const int row = tile + lane / 4;
     store_if<T>(on && row < args.rows, to, values[0]);
     store_if<T>(on && row + 8 < args.rows, to + 8 * args.channels, values[1]);
-}
-
-// The same with a unit's values.
-template <typename T, int kBlocks>
-__device__ __forceinline__ void add_unit(Sum (&sums)[kBlocks][2], const TileValues& values, const uint4* blocks) {
-    uint4 left[kSteps];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) left[step] = operand<T>(values[0], values[1], step);
-    add_product<T, kSteps>(sums, left, blocks);
 }
 
 // From the tokens x (rows, channels) to the inputs `out` of key, value, receptance and gate, (4, rows, channels), and
